@@ -1,0 +1,99 @@
+"""What a device is asked to do and what it answers: the contract between runners, devices and measurements.
+
+A runner is a native program that loads a bundle and prints one JSON object per line on stdout. A run counts only when
+the `end` event with `"rc": 0` has arrived as the last line. The events are listed in docs/contracts.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Execution = Literal["measured", "emulated", "estimated"]
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Greedy generation from one prompt, batch 1.
+
+    Attributes:
+        prompt: token ids.
+        new_tokens: tokens to generate; generation does not stop at an end-of-sequence token, so that every run of a
+            request does the same work.
+        warmup: runs before the counted ones; they are reported with `"warmup": true`.
+        repeats: counted runs.
+        threads: intra-op threads of the runtime.
+    """
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    warmup: int = 0
+    repeats: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Teacher-forced logits of one token sequence, in one prefill call, batch 1."""
+
+    tokens: tuple[int, ...]
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run.
+
+    Attributes:
+        events: every line the runner printed, parsed, in order; the last is the `end` event.
+        logits: float32 [tokens, vocabulary] for a ScoreRequest, else None.
+        command: the command line that ran on the device.
+        files: SHA-256 of the runner and of the libraries that ran, by file name.
+        execution: `measured` on real hardware (the host included), `emulated` under QEMU.
+    """
+
+    events: tuple[Event, ...]
+    logits: NDArray[np.float32] | None
+    command: tuple[str, ...]
+    files: dict[str, str]
+    execution: Execution
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """One row of `boa-edge devices`."""
+
+    name: str
+    description: str
+    execution: Execution
+    usable: bool
+    missing: tuple[str, ...] = field(default=())
+
+
+class Device(Protocol):
+    """Where a bundle runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def execution(self) -> Execution: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the device says of itself (CPU, features, cores, operating system): JSON-ready."""
+        ...
+
+    def run(
+        self,
+        bundle: Path,
+        request: GenerateRequest | ScoreRequest,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> RunResult:
+        """Run the bundle's program. Raises BoaEdgeError where the run did not finish as the contract says."""
+        ...

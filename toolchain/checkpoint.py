@@ -1,0 +1,184 @@
+"""The quantized checkpoint: a Hugging Face-like directory that the rest of the pipeline reads (docs/contracts.md)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import read_json, write_json
+from toolchain.families import DecoderSpec, describe
+from toolchain.packing import pack, scheme, unpack
+from toolchain.quantized import QuantizedWeight
+
+_PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+def write_weights(
+    directory: Path,
+    config: Mapping[str, Any],
+    spec: DecoderSpec,
+    quantized: Mapping[str, QuantizedWeight],
+    floats: Mapping[str, Tensor],
+    scale_dtype: torch.dtype,
+) -> None:
+    """Write `config.json`, `model.safetensors` and `embedding.safetensors`.
+
+    Args:
+        quantized: by module name; may hold the embedding table.
+        floats: every other parameter by its full name, in the dtype to store.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in floats.items()}
+    groups: dict[str, tuple[QuantizedWeight, list[str]]] = {}
+    for name, weight in quantized.items():
+        packed = pack(weight, scale_dtype)
+        if name == spec.embedding:
+            save_file(packed, directory / "embedding.safetensors", metadata=_embedding_metadata(weight))
+            dtype = getattr(torch, str(config.get("dtype") or "float32").removeprefix("torch."))
+            tensors[f"{name}.weight"] = weight.dequantize().to(dtype)
+            continue
+        tensors.update({f"{name}.{part}": tensor for part, tensor in packed.items()})
+        key = json.dumps(scheme(weight, []), sort_keys=True)
+        groups.setdefault(key, (weight, []))[1].append(name)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config_groups = {
+        f"group_{index}": scheme(weight, [f"re:^{re.escape(name)}$" for name in names])
+        for index, (weight, names) in enumerate(groups.values())
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": [] if spec.head in quantized else [spec.head],
+    }
+    write_json(directory / "config.json", {**config, "quantization_config": quantization})
+
+
+def _embedding_metadata(weight: QuantizedWeight) -> dict[str, str]:
+    return {"format": "pt", "bits": str(weight.bits), "group_size": str(weight.group_size or 0)}
+
+
+class Checkpoint:
+    """A quantized checkpoint on disk, read lazily.
+
+    Raises:
+        BoaEdgeError: the directory is not a quantized checkpoint, or a file of it is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise BoaEdgeError("no such quantized checkpoint", where=path, fix="Make one with `boa-edge quantize`")
+        self.config: dict[str, Any] = read_json(path / "config.json", "the model configuration")
+        quantization = self.config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("format") != "pack-quantized":
+            raise BoaEdgeError(
+                "is not a quantized checkpoint (no pack-quantized quantization_config)",
+                where=path / "config.json",
+                fix="Make one with `boa-edge quantize`",
+            )
+        self.spec: DecoderSpec = describe(self.config, path / "config.json")
+        self._schemes = [
+            ([re.compile(target.removeprefix("re:")) for target in group["targets"]], group["weights"])
+            for group in quantization["config_groups"].values()
+        ]
+        self._tensors = self._open("model.safetensors")
+        self._names = set(self._tensors.keys())
+
+    def _open(self, name: str) -> Any:
+        path = self.path / name
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise BoaEdgeError("is missing", where=path, fix="Quantize the model again") from None
+        except (SafetensorError, OSError) as error:
+            raise BoaEdgeError(f"is truncated or damaged ({error})", where=path, fix="Quantize again") from None
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The effective recipe."""
+        path = self.path / "recipe.yaml"
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BoaEdgeError("is missing", where=path, fix="Quantize the model again") from None
+        except yaml.YAMLError as error:
+            raise BoaEdgeError(f"is not valid YAML ({error})", where=path) from None
+        if not isinstance(document, dict):
+            raise BoaEdgeError("is not a recipe", where=path)
+        return document
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the checkpoint came from."""
+        document = read_json(self.path / "provenance.json", "the provenance")
+        assert isinstance(document, dict)
+        return document
+
+    @cached_property
+    def _embedding(self) -> QuantizedWeight | None:
+        if not (self.path / "embedding.safetensors").exists():
+            return None
+        tensors = self._open("embedding.safetensors")
+        metadata = tensors.metadata()
+        parts = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+        return unpack(parts, int(metadata["bits"]), int(metadata["group_size"]) or None)
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether `module` holds integer codes. A tied head answers for the embedding table."""
+        if module == self.spec.embedding or (module == self.spec.head and self.spec.tied_embeddings):
+            return self._embedding is not None
+        return f"{module}.weight_packed" in self._names
+
+    def quantized(self, module: str) -> QuantizedWeight:
+        """The integer codes of a module, e.g. `model.layers.0.self_attn.q_proj`; of the table for a tied head."""
+        if module == self.spec.embedding or (module == self.spec.head and self.spec.tied_embeddings):
+            if self._embedding is None:
+                raise KeyError(module)
+            return self._embedding
+        for patterns, weights in self._schemes:
+            if any(pattern.match(module) for pattern in patterns):
+                names = [part for part in _PACKED if f"{module}.{part}" in self._names]
+                parts = {part: self.tensor(f"{module}.{part}") for part in names}
+                try:
+                    return unpack(parts, weights["num_bits"], weights["group_size"])
+                except (KeyError, ValueError) as error:
+                    where = f"{self.path / 'model.safetensors'}: {module}"
+                    raise BoaEdgeError(f"broken codes ({error})", where=where, fix="Quantize again") from None
+        raise KeyError(module)
+
+    def has(self, name: str) -> bool:
+        """Whether a float parameter such as `model.layers.0.self_attn.q_proj.bias` exists."""
+        return name in self._names
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor by its full name, in its stored dtype."""
+        try:
+            return self._tensors.get_tensor(name)
+        except SafetensorError:
+            fix = "Quantize the model again"
+            raise BoaEdgeError(f"has no tensor {name!r}", where=self.path / "model.safetensors", fix=fix) from None
+
+    def dequantized_state(self) -> dict[str, Tensor]:
+        """Every parameter of the model in float32, quantized ones as the values that their codes stand for."""
+        state: dict[str, Tensor] = {}
+        for name in self._names:
+            module, _, part = name.rpartition(".")
+            if part == "weight_packed":
+                state[f"{module}.weight"] = self.quantized(module).dequantize()
+            elif part not in _PACKED:
+                state[name] = self.tensor(name).to(torch.float32)
+        if self._embedding is not None:
+            state[f"{self.spec.embedding}.weight"] = self._embedding.dequantize()
+        return state
