@@ -66,6 +66,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_output(target: Path, *, overwrite: bool = False) -> None:
+    """Raise UsageError where `output_directory` would refuse `target`: before the work, not after it."""
+    if target.exists() and not target.is_dir():
+        raise UsageError("exists and is not a directory", where=target, fix="Choose another -o")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UsageError("exists already", where=target, fix="Choose another -o, or pass --overwrite")
+
+
 @contextlib.contextmanager
 def output_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that becomes `target` when the block succeeds.
@@ -73,10 +81,7 @@ def output_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     On any failure nothing is left behind. An existing, non-empty `target` is an error unless `overwrite`.
     """
     target = target.absolute()
-    if target.exists() and not target.is_dir():
-        raise UsageError("exists and is not a directory", where=target, fix="Choose another -o")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UsageError("exists already", where=target, fix="Choose another -o, or pass --overwrite")
+    check_output(target, overwrite=overwrite)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))

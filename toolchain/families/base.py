@@ -31,7 +31,7 @@ class DecoderSpec:
     """Architecture facts, free of any framework.
 
     Attributes:
-        rope_inv_freq: inverse frequencies, head_dim / 2 of them, in radians per position (half-split pairs a, a + hd/2).
+        rope_inv_freq: head_dim / 2 inverse frequencies in radians per position, for half-split pairs (a, a + hd/2).
         rope_scaling: factor on cos and sin (1.0 but for YaRN-like scaling).
         attention_scale: factor on q k^T, 1 / sqrt(head_dim).
     """

@@ -1,0 +1,91 @@
+"""Calibration text: the user's file, a data set by name, or text that the model writes itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from boa_edge.errors import UsageError
+from boa_edge.files import sha256_file
+from toolchain.calibration.named import DATASETS, dataset_sequences
+from toolchain.calibration.self_written import write_text
+from toolchain.loading import SourceModel
+from toolchain.recipe import CalibrationSize
+from toolchain.text import read_text, sequences, tokenize
+
+__all__ = ["DATASETS", "Calibration", "load_calibration"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token sequences to take statistics of, and others to evaluate on.
+
+    Attributes:
+        sequences: int64 [n, length].
+        held_out: int64 [m, length], sequences that are not among the former unless `overlap`.
+        overlap: the text was too short to hold anything out; errors measured on it are optimistic.
+        source: where the text came from, JSON-ready.
+    """
+
+    sequences: Tensor
+    held_out: Tensor
+    overlap: bool
+    source: dict[str, Any]
+
+
+def load_calibration(choice: str | None, source: SourceModel, size: CalibrationSize, seed: int) -> Calibration:
+    """Calibration text by what the user wrote: a file, a data set's name, or `self` (also when None).
+
+    Raises:
+        UsageError, BoaEdgeError: no such file or name, a text shorter than one sequence, a hub out of reach.
+    """
+    length = min(size.sequence_length, source.spec.max_positions)
+    wanted = size.sequences + size.held_out_sequences
+    if choice is None or choice == "self":
+        rows = write_text(source, wanted, length, seed)
+        return _split(rows, size, {"source": "self", "seed": seed})
+    path = Path(choice).expanduser()
+    if path.is_file():
+        rows = sequences(tokenize(read_text(path), source.tokenizer), length, path)
+        return _split(_spread(rows, wanted), size, {"source": choice, "sha256": sha256_file(path)})
+    if choice in DATASETS:
+        held = min(size.held_out_sequences, max(wanted // 5, 1))
+        tokenizer = source.tokenizer
+        rows = dataset_sequences(choice, tokenizer, size.sequences, length, seed, "train")
+        held_out = dataset_sequences(choice, tokenizer, held, length, seed, "validation")
+        return _described(rows, held_out, False, {"source": choice, "seed": seed})
+    accepted = f"Accepted: a text file, self, or one of {', '.join(DATASETS)}"
+    raise UsageError(f"no such file or data set: {choice!r}", where="--calibration", fix=accepted)
+
+
+def _spread(rows: Tensor, wanted: int) -> Tensor:
+    """At most `wanted` rows, evenly spread over the text, so that a long text is seen from end to end."""
+    if rows.shape[0] <= wanted:
+        return rows
+    return rows[torch.linspace(0, rows.shape[0] - 1, wanted).round().to(torch.int64)]
+
+
+def _split(rows: Tensor, size: CalibrationSize, source: dict[str, Any]) -> Calibration:
+    count = rows.shape[0]
+    held_out = min(size.held_out_sequences, max(count // 5, 1))
+    overlap = count == 1
+    # Every k-th sequence is held out, so that both parts see the whole text.
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[torch.linspace(0, count - 1, held_out + 2)[1:-1].round().to(torch.int64)] = True
+    kept = rows if overlap else rows[~chosen][: size.sequences]
+    return _described(kept.contiguous(), rows[chosen].contiguous(), overlap, source)
+
+
+def _described(kept: Tensor, held_out: Tensor, overlap: bool, source: dict[str, Any]) -> Calibration:
+    counts = {
+        "sequences": kept.shape[0],
+        "sequence_length": kept.shape[1],
+        "tokens": kept.numel(),
+        "held_out_sequences": held_out.shape[0],
+        "held_out_overlaps": overlap,
+    }
+    return Calibration(kept, held_out, overlap, {**source, **counts})

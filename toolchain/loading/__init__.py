@@ -1,0 +1,41 @@
+"""Model in: the embedded default, a Hugging Face directory, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from boa_edge.errors import BoaEdgeError, UsageError
+from toolchain.loading.default import default_model_file
+from toolchain.loading.gguf import load_gguf
+from toolchain.loading.hub import download
+from toolchain.loading.huggingface import load_directory, load_tokenizer
+from toolchain.loading.source import SourceModel
+
+__all__ = ["SourceModel", "load_source", "load_tokenizer"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_source(model: str) -> SourceModel:
+    """Load a model by what the user wrote.
+
+    Raises:
+        BoaEdgeError, UsageError: it is none of the accepted, or it cannot be loaded.
+    """
+    if model == "default":
+        return load_gguf(default_model_file(), model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return load_directory(path, model)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return load_gguf(path, model)
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            fix = "Pickles can run code and are never read: save the model with safetensors first"
+            raise BoaEdgeError("is a pickle checkpoint", where=path, fix=fix)
+        raise UsageError("is no model", where=path, fix="Accepted: a model directory, a .gguf file, a hub id, default")
+    if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
+        return load_directory(download(model), model)
+    fix = "Accepted: `default`, a model directory, a .gguf file or a hub id such as owner/name"
+    raise UsageError("no such model", where=model, fix=fix)

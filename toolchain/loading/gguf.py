@@ -1,0 +1,70 @@
+"""A GGUF file: dequantized to float32 and handed on as a plain model."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import sha256_file
+from toolchain.families import FAMILIES, describe
+from toolchain.loading.source import SourceModel
+
+
+def load_gguf(path: Path, identity: str) -> SourceModel:
+    """Load a GGUF file in float32.
+
+    Raises:
+        BoaEdgeError: the file is damaged, or of a family that nobody serves.
+    """
+    metadata = _metadata(path)
+    architecture = metadata.get("general.architecture")
+    accepted = sorted(name for family in FAMILIES for name in family.gguf_architectures)
+    if architecture not in accepted:
+        problem = f"GGUF of architecture {architecture!r}"
+        raise BoaEdgeError(problem, where=path, fix=f"Accepted: {', '.join(accepted)}")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BoaEdgeError(f"cannot be read ({reason})", where=path) from None
+    # The loaded model remembers that it came from a GGUF and refuses to be saved or called a float model.
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    config = type(loaded.config)(**settings)
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, metadata.get(f"tokenizer.ggml.{key.replace('pad_token', 'padding_token')}"))
+    document = {**config.to_dict(), "architectures": [type(loaded).__name__], "dtype": "float32"}
+    document.pop("_name_or_path", None)
+    generation = {key: document[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return SourceModel(
+        identity=identity,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        config=document,
+        generation_config=generation,
+        spec=describe(document, path),
+        files={path.name: sha256_file(path)},
+    )
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Scalar metadata of the file; reading it also proves that every tensor lies inside the file."""
+    try:
+        reader = GGUFReader(path)
+        fields = reader.fields.items()
+        wanted = ("general.architecture",)
+        return {key: field.contents() for key, field in fields if key in wanted or key.endswith("token_id")}
+    except (ValueError, IndexError, OverflowError, struct.error, UnicodeDecodeError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BoaEdgeError(f"is truncated or no GGUF file ({reason})", where=path, fix="Download it again") from None

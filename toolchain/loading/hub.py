@@ -1,0 +1,42 @@
+"""A model from the Hugging Face hub, downloaded into that library's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.progress import say
+
+# Weights as safetensors, the configuration and the tokenizer; never pickles, never code.
+_WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md"]
+
+
+def download(repository: str) -> Path:
+    """Directory of the downloaded model.
+
+    Raises:
+        BoaEdgeError: offline, unknown, private or gated.
+    """
+    where = f"hub model {repository!r}"
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_WANTED, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        say(f"downloading {repository}")
+    if constants.HF_HUB_OFFLINE:
+        fix = "Unset HF_HUB_OFFLINE, or pass a model directory"
+        raise BoaEdgeError("is not in the cache, and HF_HUB_OFFLINE is set", where=where, fix=fix)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_WANTED, etag_timeout=10))
+    except GatedRepoError:
+        raise BoaEdgeError("is gated", where=where, fix="Accept its licence and run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        fix = "Check the name; for a private model run `hf auth login`"
+        raise BoaEdgeError("does not exist on the hub", where=where, fix=fix) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        fix = "Check the network, or pass a model directory that is already on this machine"
+        raise BoaEdgeError(f"the hub cannot be reached ({reason})", where=where, fix=fix) from None

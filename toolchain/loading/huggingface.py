@@ -1,0 +1,117 @@
+"""A Hugging Face model directory: safetensors only, no code of the directory's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import read_json, sha256_file
+from toolchain.families import describe
+from toolchain.loading.source import SourceModel
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_directory(directory: Path, identity: str) -> SourceModel:
+    """Load a model directory in float32.
+
+    Raises:
+        BoaEdgeError: a file is missing, damaged or a pickle; the architecture is unknown; the directory wants its own
+            code run; the weights do not fit the configuration.
+    """
+    config = read_json(directory / "config.json", "the model configuration")
+    if not isinstance(config, dict):
+        raise BoaEdgeError("is not a model configuration", where=directory / "config.json")
+    if config.get("auto_map"):
+        raise BoaEdgeError(
+            "the model wants code of its own directory run (auto_map), which is refused",
+            where=directory / "config.json",
+            fix="Remove `auto_map` if the weights fit a class that `transformers` ships",
+        )
+    spec = describe(config, directory / "config.json")
+    if config.get("quantization_config"):
+        fix = "Start from the floating-point model"
+        raise BoaEdgeError("the model is quantized already", where=directory / "config.json", fix=fix)
+    shards = _shards(directory)
+    for shard in shards:
+        _check_safetensors(shard)
+    model = _load_model(directory)
+    tokenizer = load_tokenizer(directory)
+    read = [directory / "config.json", *shards, *sorted(directory.glob("tokenizer*"))]
+    generation = directory / "generation_config.json"
+    return SourceModel(
+        identity=identity,
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        generation_config=read_json(generation, "the generation settings") if generation.exists() else {},
+        spec=spec,
+        files={path.name: sha256_file(path) for path in read if path.is_file()},
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer, without running code of its own."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        fix = "Copy tokenizer.json and tokenizer_config.json of the model here"
+        raise BoaEdgeError(f"no usable tokenizer ({reason})", where=directory, fix=fix) from None
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        table = read_json(index, "the shard index")
+        names = sorted(set(table.get("weight_map", {}).values())) if isinstance(table, dict) else []
+        if not names:
+            raise BoaEdgeError("names no shards (weight_map)", where=index)
+        if any(Path(name).name != name for name in names):
+            raise BoaEdgeError("names a shard outside its directory", where=index)
+        shards = [directory / name for name in names]
+    else:
+        shards = [directory / "model.safetensors"]
+    for shard in shards:
+        if not shard.exists():
+            pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+            if pickles:
+                fix = "Pickles can run code and are never read: save the model with safetensors first"
+                raise BoaEdgeError(f"only pickle weights found ({', '.join(pickles[:3])})", where=directory, fix=fix)
+            raise BoaEdgeError("the weights are missing", where=shard, fix="Download the model again")
+    return shards
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            stream.keys()
+    except (SafetensorError, OSError) as error:
+        fix = "Download the file again"
+        raise BoaEdgeError(f"is truncated or no safetensors file ({error})", where=path, fix=fix) from None
+
+
+def _load_model(directory: Path) -> torch.nn.Module:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BoaEdgeError(f"cannot be loaded by `transformers` ({reason})", where=directory) from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found := sorted(str(key) for key in info.get(kind) or ()):
+            listed = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+            problem = f"weights do not fit the configuration: {kind.replace('_', ' ')} {listed}"
+            raise BoaEdgeError(problem, where=directory, fix="Check config.json against the weights")
+    return model.eval()

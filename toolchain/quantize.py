@@ -1,0 +1,267 @@
+"""The first stage: a model in, a quantized checkpoint out."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from boa_edge import __version__
+from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.files import check_output, output_directory, write_json, write_text
+from boa_edge.progress import say
+from toolchain.calibration import Calibration, load_calibration
+from toolchain.checkpoint import write_weights
+from toolchain.fake_quantized import FakeQuantized
+from toolchain.loading import SourceModel, load_source
+from toolchain.methods import METHODS
+from toolchain.metrics import evaluate_logits
+from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from toolchain.resume import ResumeFile
+from toolchain.run import QuantizedModel, quantize_model
+
+_PROMPT = "The capital of France is"
+_REFERENCE_TOKENS = 96
+_GREEDY_TOKENS = 32
+_RECORDED = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy", "gguf")
+_GROUP_SIZES = (16, 32, 64, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method on the held-out text.
+
+    Attributes:
+        payload_bytes: codes, scales and float tensors as they count on disk.
+        peak_mb: peak resident memory of the process so far.
+    """
+
+    method: str
+    recipe: str
+    perplexity: float
+    kl: float
+    top1: float
+    payload_bytes: int
+    seconds: float
+    peak_mb: int
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What the stage made."""
+
+    checkpoint: Path
+    recipe: str
+    rows: tuple[Comparison, ...]
+    original_perplexity: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        own = self.rows[-1]
+        return {
+            "checkpoint": str(self.checkpoint),
+            "recipe": self.recipe,
+            "perplexity": round(own.perplexity, 4),
+            "kl": round(own.kl, 5),
+            "top1": round(own.top1, 4),
+            "original_perplexity": round(self.original_perplexity, 4),
+            "payload_bytes": own.payload_bytes,
+            "compared": [asdict(row) for row in self.rows[:-1]],
+            "peak_mb": own.peak_mb,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def quantize(
+    model: str,
+    output: Path,
+    *,
+    recipe: str | Recipe = DEFAULT_RECIPE,
+    calibration: str | None = None,
+    compare: tuple[str, ...] = (),
+    overwrite: bool = False,
+) -> QuantizeResult:
+    """Quantize a model and write the checkpoint.
+
+    Args:
+        model: `default`, a Hugging Face directory, a hub id or a GGUF file.
+        recipe: by name or file.
+        calibration: a text file, a data set's name, or `self`; None means `self`.
+        compare: other methods to run on the same model and text, for the comparison in the report.
+
+    Raises:
+        UsageError, BoaEdgeError: as the parts say.
+    """
+    start = time.monotonic()
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    for method in compare:
+        if method not in METHODS:
+            raise UsageError(f"unknown method {method!r}", where="--compare", fix=f"Accepted: {', '.join(METHODS)}")
+    check_output(output, overwrite=overwrite)
+    torch.manual_seed(chosen.seed)
+    say(f"loading {model}")
+    source = load_source(model)
+    _check_groups(source, chosen)
+    text = load_calibration(calibration, source, chosen.calibration, chosen.seed)
+    identity = {
+        "model": source.files,
+        "recipe": chosen.model_dump(),
+        "calibration": text.sequences,
+        "versions": _versions(),
+    }
+    resume = ResumeFile(output, identity) if METHODS[chosen.method].needs_statistics else None
+    rows = []
+    for method in compare:
+        other = chosen.with_method(method)
+        if other.method != chosen.method:
+            rows.append(_quantize_and_score(source, other, text, None)[1])
+    quantized, own, original_perplexity = _quantize_and_score(source, chosen, text, resume)
+    rows.append(own)
+    with output_directory(output, overwrite=overwrite) as directory:
+        _write(directory, source, chosen, text, quantized, rows, original_perplexity, time.monotonic() - start)
+    if resume:
+        resume.discard()
+    return QuantizeResult(output, chosen.name, tuple(rows), original_perplexity, time.monotonic() - start)
+
+
+def _check_groups(source: SourceModel, recipe: Recipe) -> None:
+    formats = [(recipe.weights.group_size, source.spec.linear_inputs(), "weights.group_size")]
+    if recipe.embedding is not None:
+        tables = {source.spec.embedding: source.spec.hidden_size}
+        formats.append((recipe.embedding.group_size, tables, "embedding.group_size"))
+    for size, widths, field in formats:
+        if size is None:
+            continue
+        for name, width in widths.items():
+            if width % size:
+                fitting = [g for g in _GROUP_SIZES if all(w % g == 0 for w in widths.values())]
+                accepted = ", ".join(map(str, fitting)) or "none"
+                problem = f"group size {size} does not divide the {width} inputs of {name}"
+                fix = f"Group sizes that divide every layer of this model: {accepted} (or none: per output channel)"
+                raise UsageError(problem, where=field, fix=fix)
+
+
+def _quantize_and_score(
+    source: SourceModel, recipe: Recipe, text: Calibration, resume: ResumeFile | None
+) -> tuple[QuantizedModel, Comparison, float]:
+    start = time.monotonic()
+    try:
+        quantized = quantize_model(source, recipe, text.sequences, resume)
+    except ArithmeticError as error:
+        fix = "Use more calibration text, or a larger `damping` in the recipe"
+        raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
+    seconds = time.monotonic() - start
+    fake = FakeQuantized(source.model, source.spec, quantized.weights)
+    fidelity = evaluate_logits(
+        fake.logits,
+        text.held_out,
+        lambda tokens: source.model(tokens, use_cache=False).logits,
+        f"scoring {recipe.name}",
+    )
+    assert fidelity.kl is not None
+    assert fidelity.top1 is not None
+    assert fidelity.reference_perplexity is not None
+    row = Comparison(
+        method=recipe.method,
+        recipe=recipe.name,
+        perplexity=fidelity.perplexity,
+        kl=fidelity.kl,
+        top1=fidelity.top1,
+        payload_bytes=_payload_bytes(source, quantized),
+        seconds=round(seconds, 1),
+        peak_mb=_peak_mb(),
+    )
+    say(f"{recipe.name}: perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, top-1 {row.top1:.1%} on held-out text")
+    return quantized, row, fidelity.reference_perplexity
+
+
+def _float_parameters(source: SourceModel, quantized: QuantizedModel) -> dict[str, torch.Tensor]:
+    """Parameters that stay in floating point, in the source's dtype."""
+    dtype = getattr(torch, str(source.config.get("dtype") or "float32").removeprefix("torch."))
+    tied_head = f"{source.spec.head}.weight" if source.spec.tied_embeddings else None
+    return {
+        name: value.detach().to(dtype)
+        for name, value in source.model.state_dict().items()
+        if name.rpartition(".")[0] not in quantized.weights or not name.endswith(".weight")
+        if name != tied_head
+    }
+
+
+def _payload_bytes(source: SourceModel, quantized: QuantizedModel) -> int:
+    floats = sum(value.numel() * 2 for value in _float_parameters(source, quantized).values())
+    return floats + sum(weight.payload_bytes() for weight in quantized.weights.values())
+
+
+def _peak_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if platform.system() == "Darwin" else 1 << 10))
+
+
+def _versions() -> dict[str, str]:
+    return {"boa-edge": __version__} | {name: metadata.version(name) for name in _RECORDED}
+
+
+def _write(
+    directory: Path,
+    source: SourceModel,
+    recipe: Recipe,
+    text: Calibration,
+    quantized: QuantizedModel,
+    rows: list[Comparison],
+    original_perplexity: float,
+    seconds: float,
+) -> None:
+    scale_dtype = torch.bfloat16 if recipe.round_scales else torch.float32
+    floats = _float_parameters(source, quantized)
+    write_weights(directory, source.config, source.spec, quantized.weights, floats, scale_dtype)
+    source.tokenizer.save_pretrained(directory)
+    write_json(directory / "generation_config.json", source.generation_config)
+    write_text(directory / "recipe.yaml", recipe.to_yaml())
+    save_file(_reference(source, text, quantized), directory / "reference.safetensors")
+    provenance = {
+        "schema_version": 1,
+        "created_by": f"boa-edge {__version__}",
+        "source": {"model": source.identity, "files": source.files},
+        "calibration": text.source,
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "seed": recipe.seed,
+        "recipe": recipe.name,
+        "method": recipe.method,
+        "layers": [{"name": name, **layer} for name, layer in quantized.layers.items()],
+        "comparison": [asdict(row) for row in rows],
+        "evaluation": {
+            "tokens": text.held_out.numel(),
+            "sequence_length": text.held_out.shape[1],
+            "source": text.source["source"],
+            "overlaps_calibration": text.overlap,
+            "original_perplexity": original_perplexity,
+        },
+        "seconds": round(seconds, 1),
+        "peak_mb": rows[-1].peak_mb,
+    }
+    write_json(directory / "provenance.json", provenance)
+
+
+def _reference(source: SourceModel, text: Calibration, quantized: QuantizedModel) -> dict[str, torch.Tensor]:
+    """Logits and greedy tokens of the original and of the fake-quantized model, to hold a device against."""
+    original = FakeQuantized(source.model, source.spec, {})
+    fake = FakeQuantized(source.model, source.spec, quantized.weights)
+    tokens = text.held_out[0, :_REFERENCE_TOKENS]
+    prompt = torch.tensor(source.tokenizer(_PROMPT)["input_ids"], dtype=torch.int64)
+    with torch.inference_mode():
+        return {
+            "tokens": tokens.clone(),
+            "original_logits": original.logits(tokens[None])[0].to(torch.float16),
+            "quantized_logits": fake.logits(tokens[None])[0].contiguous(),
+            "prompt": prompt,
+            "original_greedy": original.greedy(prompt, _GREEDY_TOKENS),
+            "quantized_greedy": fake.greedy(prompt, _GREEDY_TOKENS),
+        }

@@ -1,0 +1,183 @@
+"""Recipes: what to do to a model, as frozen, validated data; by name or from a YAML file.
+
+A name reads as what it does:
+
+    w<bits>[g<group>][asym]-<method>
+
+    w4g32-boa     4-bit weights, symmetric, one scale per 32 inputs, solved by BoA
+    w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
+    w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from boa_edge.errors import UsageError
+from toolchain.grids import GridFormat, ScaleSearch
+from toolchain.methods import METHODS
+
+DEFAULT_RECIPE = "w4g32-boa"
+_NAME = re.compile(r"w(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)")
+_GRAMMAR = "w<bits>[g<group>][asym]-<method>, such as w4g32-boa, w3asym-gptq or w2asym-rtn"
+_SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class WeightFormat(_Frozen):
+    """How a matrix is stored: bits, inputs per scale (null: one scale per output channel), symmetric or not."""
+
+    bits: Literal[2, 3, 4, 8]
+    group_size: int | None = Field(default=None, ge=_SMALLEST_GROUP, le=_LARGEST_GROUP)
+    symmetric: bool = True
+
+
+class EmbeddingFormat(_Frozen):
+    """The embedding table and the output head, rounded to nearest; symmetric."""
+
+    bits: Literal[8] = 8
+    group_size: int | None = Field(default=32, ge=_SMALLEST_GROUP, le=_LARGEST_GROUP)
+
+
+class CalibrationSize(_Frozen):
+    """How much text the statistics see, and how much is held out to evaluate on."""
+
+    sequences: int = Field(default=64, ge=1)
+    sequence_length: int = Field(default=512, ge=8)
+    held_out_sequences: int = Field(default=8, ge=1)
+
+
+class Recipe(_Frozen):
+    """One quantization, spelled out.
+
+    Attributes:
+        method: `rtn`, `gptq` or `boa`.
+        weights: format of the linears of every block.
+        embedding: format of the embedding table and head; null keeps them in floating point.
+        scale_search: how grids are chosen; null takes the method's own (minmax for rtn, hessian for the others).
+        round_scales: round scales to bfloat16 before the codes are solved, so that every runtime holds them exactly.
+        damping: added to the diagonal of each Hessian, relative to its mean.
+        seed: of text that the model writes itself.
+    """
+
+    method: str
+    weights: WeightFormat
+    embedding: EmbeddingFormat | None = EmbeddingFormat()
+    scale_search: ScaleSearch | None = None
+    round_scales: bool = True
+    damping: float = Field(default=0.01, gt=0, le=1)
+    calibration: CalibrationSize = CalibrationSize()
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _known_method(self) -> Recipe:
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; accepted: {', '.join(METHODS)}")
+        if self.search == "hessian" and not METHODS[self.method].needs_statistics:
+            raise ValueError(f"scale_search 'hessian' needs statistics, and method {self.method!r} collects none")
+        return self
+
+    @property
+    def search(self) -> ScaleSearch:
+        """The grid search in force."""
+        return self.scale_search or METHODS[self.method].default_search
+
+    @property
+    def grid_format(self) -> GridFormat:
+        weights = self.weights
+        return GridFormat(weights.bits, weights.group_size, weights.symmetric, self.round_scales)
+
+    @property
+    def name(self) -> str:
+        """The name by which the weights' format and method are known."""
+        group = f"g{self.weights.group_size}" if self.weights.group_size else ""
+        asym = "" if self.weights.symmetric else "asym"
+        return f"w{self.weights.bits}{group}{asym}-{self.method}"
+
+    def with_method(self, method: str) -> Recipe:
+        """The same formats by another method, with that method's own grid search where none was chosen."""
+        return self.model_validate({**self.model_dump(), "method": method})
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def load_recipe(recipe: str) -> Recipe:
+    """A recipe by name, or from a YAML file.
+
+    Raises:
+        UsageError: an unknown name, key or value, with what is accepted.
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return _from_file(path)
+    match = _NAME.fullmatch(recipe)
+    if match is None:
+        raise UsageError(f"unknown recipe {recipe!r}", fix=f"A recipe is a YAML file or a name: {_GRAMMAR}")
+    if match["rest"]:
+        raise UsageError(f"recipe {recipe!r}: no transform {match['rest'][1:]!r} in this version", fix=_GRAMMAR)
+    if match["a8"]:
+        fix = "This version chooses the activations' precision at export (--activations int8, the default)"
+        raise UsageError(f"recipe {recipe!r}: int8 activations (a8) cannot be simulated yet", fix=fix)
+    weights = {
+        "bits": int(match["bits"]),
+        "group_size": int(match["group"]) if match["group"] else None,
+        "symmetric": match["asym"] is None,
+    }
+    return parse_recipe({"method": match["method"], "weights": weights}, f"recipe {recipe!r}")
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such recipe file", where=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
+    if not isinstance(document, dict):
+        raise UsageError("is not a recipe: a mapping of fields is expected", where=path)
+    return parse_recipe(document, path)
+
+
+def parse_recipe(document: dict[str, Any], where: object) -> Recipe:
+    """Validate a mapping. Raises UsageError naming the field, what was found and what is accepted."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UsageError(_explain(error), where=where) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _fields_beside(problem["loc"])
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(known)}"
+            lines.append(f"unknown key {field!r}, {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{field} is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{field}: {message}, found {problem['input']!r}" if field else message)
+    return "; ".join(lines)
+
+
+def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {
+        "weights": WeightFormat,
+        "embedding": EmbeddingFormat,
+        "calibration": CalibrationSize,
+    }
+    parent = models.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    return list(parent.model_fields)

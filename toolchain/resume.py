@@ -1,0 +1,92 @@
+"""Finished blocks of a run that was stopped, so that the next one goes on where it ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import disk_errors, read_json, write_json
+from boa_edge.progress import say
+from toolchain.packing import pack, unpack
+from toolchain.quantized import QuantizedWeight
+
+FinishedBlock = tuple[dict[str, QuantizedWeight], dict[str, dict[str, Any]]]
+
+
+class ResumeFile:
+    """A directory beside the output that holds one file per finished block.
+
+    It is bound to everything that decides the codes by a fingerprint; another run's blocks are never used.
+
+    Raises:
+        BoaEdgeError: blocks of a different run are there; the message names what differs.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
+        self.directory = output.absolute().with_name(f".{output.name}.unfinished")
+        self._identity = {key: _digest(value) for key, value in identity.items()}
+        known = self.directory / "identity.json"
+        if known.exists():
+            found = read_json(known, "the identity of an unfinished run")
+            differing = [key for key in self._identity if found.get(key) != self._identity[key]]
+            if differing:
+                fix = f"Delete {self.directory} to start over, or choose another -o"
+                problem = f"an unfinished run differs from this one in: {', '.join(differing)}"
+                raise BoaEdgeError(problem, where=self.directory, fix=fix)
+            count = len(list(self.directory.glob("block-*.safetensors")))
+            say(f"resuming: {count} blocks are finished")
+            return
+        with disk_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_json(known, self._identity)
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"block-{index:04d}.safetensors"
+
+    def load(self, index: int) -> FinishedBlock | None:
+        """Block `index`, if it was finished."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            tensors = load_file(path)
+            report = json.loads(path.with_suffix(".json").read_text())
+        except (SafetensorError, OSError, ValueError):
+            return None  # a block that cannot be read was never finished
+        weights = {}
+        for name, layer in report.items():
+            parts = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            weights[name] = unpack(parts, layer["bits"], layer["group_size"])
+        return weights, report
+
+    def save(self, index: int, weights: dict[str, QuantizedWeight], report: dict[str, dict[str, Any]]) -> None:
+        """Keep block `index`."""
+        path = self._path(index)
+        tensors = {}
+        for name, weight in weights.items():
+            for part, tensor in pack(weight, torch.float32).items():
+                tensors[f"{name}/{part}"] = tensor
+        temporary = path.with_suffix(f".partial-{os.getpid()}")
+        with disk_errors(path):
+            write_json(path.with_suffix(".json"), report)
+            save_file(tensors, temporary)
+            temporary.replace(path)
+
+    def discard(self) -> None:
+        """The run is finished: its blocks are not needed any more."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

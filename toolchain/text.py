@@ -1,0 +1,51 @@
+"""Text in, token sequences out: what both calibration and evaluation read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from boa_edge.errors import BoaEdgeError
+
+# Placeholder that tokenised corpora print for rare words; as text it would be a token that no user ever types.
+_UNKNOWN_MARKER = "<unk>"
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, without unknown-word markers.
+
+    Raises:
+        BoaEdgeError: missing, empty or not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise BoaEdgeError("no such text file", where=path) from None
+    except UnicodeDecodeError as error:
+        raise BoaEdgeError(f"is not UTF-8 text (byte {error.start})", where=path, fix="Save it as UTF-8") from None
+    text = text.replace(f" {_UNKNOWN_MARKER}", "").replace(_UNKNOWN_MARKER, "")
+    if not text.strip():
+        raise BoaEdgeError("the text file is empty", where=path)
+    return text
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Token ids of a text, int64 [tokens], without special tokens."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def sequences(tokens: Tensor, length: int, where: object) -> Tensor:
+    """Consecutive sequences without overlap, int64 [n, length]; the rest is dropped.
+
+    Raises:
+        BoaEdgeError: fewer tokens than one sequence.
+    """
+    count = tokens.numel() // length
+    if count == 0:
+        fix = f"Give at least {length} tokens of text, or a shorter sequence length"
+        raise BoaEdgeError(f"{tokens.numel()} tokens are less than one sequence of {length}", where=where, fix=fix)
+    return tokens[: count * length].view(count, length)
