@@ -1,0 +1,234 @@
+"""A device that runs bundles: pushes what is needed, runs the native runner, and checks everything it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.files import sha256_file
+from devices import binaries, onnxruntime_library
+from devices.bundle import Program, read_program
+from devices.contract import DeviceStatus, Event, Execution, GenerateRequest, RunResult, ScoreRequest
+from devices.events import EventStream
+from devices.process import Outcome, run_lines
+from devices.profile import Profile
+from devices.transport import Transport, Workplace
+
+_TOKENS = "tokens.bin"
+_LOGITS = "logits.bin"
+# Nothing of the user's environment reaches a runner; ONNX Runtime's library would otherwise report its use.
+_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "ORT_DISABLE_TELEMETRY": "1"}
+_SILENCE_VARIABLE = "BOA_EDGE_SILENCE_LIMIT"
+
+
+class RunnerDevice:
+    """A device reached through a transport. It is the `Device` of devices/contract.py."""
+
+    def __init__(self, profile: Profile, transport: Transport) -> None:
+        self._profile = profile
+        self._transport = transport
+
+    @property
+    def name(self) -> str:
+        return self._profile.name
+
+    @property
+    def execution(self) -> Execution:
+        return self._transport.execution
+
+    def status(self) -> DeviceStatus:
+        """Whether it can be used now, and what is missing if not."""
+        missing = (*self._transport.missing(), *binaries.missing(self._transport.target))
+        return DeviceStatus(
+            name=self.name,
+            description=self._profile.description,
+            execution=self.execution,
+            usable=not missing,
+            missing=(*missing, "fix: make setup") if missing else (),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the device says of itself, JSON-ready."""
+        return {"name": self.name, "transport": self._profile.transport, **self._transport.fingerprint()}
+
+    def run(
+        self,
+        bundle: Path,
+        request: GenerateRequest | ScoreRequest,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> RunResult:
+        """Run a bundle's program.
+
+        Args:
+            bundle: a directory as `export` writes it.
+            request: what to do; token ids are checked against the bundle's vocabulary and context length.
+            on_event: called with each event as it arrives, already checked.
+
+        Raises:
+            UsageError: the request does not fit the model.
+            BoaEdgeError: something is missing, or the run did not finish as the contract says.
+        """
+        program = read_program(Path(bundle))
+        check_request(program, request)
+        self._require_usable()
+        runner = binaries.runner_for(program.runtime)
+        files = binaries.files_for(runner, self._transport.target)
+        with self._transport.open() as workplace:
+            for name, source in files.items():
+                workplace.push(source, name, executable=name in (runner.program, binaries.LOADER))
+            for name in program.files:
+                workplace.push(program.directory / name, name)
+            self._push_tokens(workplace, request)
+            command = workplace.command(runner.program, _arguments(program, request, workplace))
+            events = self._execute(command, program, request, on_event)
+            logits = self._read_logits(workplace, program, request) if isinstance(request, ScoreRequest) else None
+        return RunResult(
+            events=events,
+            logits=logits,
+            command=command,
+            files={name: sha256_file(source) for name, source in files.items()},
+            execution=self.execution,
+        )
+
+    def _require_usable(self) -> None:
+        status = self.status()
+        if not status.usable:
+            lacks = "; ".join(status.missing[:-1])
+            raise BoaEdgeError(f"cannot be used: {lacks} missing", where=f"device {self.name}", fix="Run `make setup`")
+
+    def _push_tokens(self, workplace: Workplace, request: GenerateRequest | ScoreRequest) -> None:
+        tokens = request.tokens if isinstance(request, ScoreRequest) else request.prompt
+        workplace.write(np.asarray(tokens, dtype="<i8").tobytes(), _TOKENS)
+
+    def _execute(
+        self,
+        command: tuple[str, ...],
+        program: Program,
+        request: GenerateRequest | ScoreRequest,
+        on_event: Callable[[Event], None] | None,
+    ) -> tuple[Event, ...]:
+        stream = EventStream(
+            self.name, request, program.runtime, onnxruntime_library.version(), vocabulary=program.vocab_size
+        )
+        refused: list[BoaEdgeError] = []
+
+        def on_line(line: str) -> None:
+            if refused:  # the first problem counts; the rest is read only to learn how the process ends
+                return
+            try:
+                event = stream.accept(line)
+            except BoaEdgeError as error:
+                refused.append(error)
+                return
+            if on_event is not None:
+                on_event(event)
+
+        limit = self._silence_limit()
+        try:
+            outcome = run_lines(command, _ENVIRONMENT, on_line, limit)
+        except OSError as error:
+            raise BoaEdgeError(f"the runner cannot be started ({error})", where=f"device {self.name}") from error
+        self._judge(stream, refused, outcome)
+        return tuple(stream.events)
+
+    def _judge(self, stream: EventStream, refused: list[BoaEdgeError], outcome: Outcome) -> None:
+        """A run counts only if every event was right, `end` was the last, and the process exited with 0."""
+        said = f" Last words: {' | '.join(outcome.stderr[-3:])[-600:]}" if outcome.stderr else ""
+        if refused:
+            raise BoaEdgeError(str(refused[0]) + said)
+        if outcome.code != 0:
+            after = (
+                f"after its end event, {outcome.describe()}"
+                if stream.ended
+                else (f"after {len(stream.events)} events, {outcome.describe()}")
+            )
+            raise BoaEdgeError(
+                f"the runner did not finish: {after}", where=f"device {self.name}", fix=_advice(outcome) + said
+            )
+        try:
+            stream.finish()
+        except BoaEdgeError as error:
+            raise BoaEdgeError(str(error) + said) from None
+
+    def _read_logits(self, workplace: Workplace, program: Program, request: ScoreRequest) -> NDArray[np.float32]:
+        shape = (len(request.tokens), program.vocab_size)
+        path = workplace.pull(_LOGITS)
+        size = path.stat().st_size if path.is_file() else -1
+        wanted = shape[0] * shape[1] * 4
+        if size != wanted:
+            found = "no logits file" if size < 0 else f"a logits file of {size} bytes"
+            raise BoaEdgeError(
+                f"the runner left {found}; {shape[0]} tokens x {shape[1]} entries are {wanted} bytes",
+                where=f"device {self.name}",
+            )
+        logits: NDArray[np.float32] = np.fromfile(path, dtype="<f4").reshape(shape).astype(np.float32, copy=False)
+        if not np.isfinite(logits).all():
+            raise BoaEdgeError("the logits hold values that are not finite", where=f"device {self.name}")
+        return logits
+
+    def _silence_limit(self) -> float:
+        text = os.environ.get(_SILENCE_VARIABLE)
+        if text is None:
+            return self._profile.silence_limit_s
+        try:
+            limit = float(text)
+        except ValueError:
+            limit = 0.0
+        if not 0 < limit < float("inf"):
+            raise UsageError(f"is {text!r}; it must be a number of seconds above 0", where=f"${_SILENCE_VARIABLE}")
+        return limit
+
+
+def _advice(outcome: Outcome) -> str:
+    if outcome.problem is not None:
+        return f"If the device is only slow, set ${_SILENCE_VARIABLE} to more seconds"
+    if outcome.code == -9:
+        return "Most likely the memory ran out: use a smaller model or a shorter sequence"
+    if outcome.code == -4:
+        return "An instruction that the CPU does not have: the profile's features and QEMU's CPU must agree"
+    return "See what it said last; `make setup` rebuilds a damaged runner"
+
+
+def _arguments(program: Program, request: GenerateRequest | ScoreRequest, workplace: Workplace) -> list[str]:
+    arguments = ["--model", workplace.path(program.model), "--tokens", workplace.path(_TOKENS)]
+    arguments += ["--threads", str(request.threads)]
+    if isinstance(request, ScoreRequest):
+        arguments += ["--mode", "score", "--logits", workplace.path(_LOGITS)]
+    else:
+        arguments += ["--mode", "generate", "--new-tokens", str(request.new_tokens)]
+        arguments += ["--warmup", str(request.warmup), "--repeats", str(request.repeats)]
+    for key, value in program.session_config.items():
+        arguments += ["--config", f"{key}={value}"]
+    return arguments
+
+
+def check_request(program: Program, request: GenerateRequest | ScoreRequest) -> None:
+    """UsageError where the request is empty, negative, or more than the model takes."""
+    if isinstance(request, ScoreRequest):
+        tokens, what, positions = request.tokens, "tokens", len(request.tokens)
+        counts = {"threads": (request.threads, 1)}
+    else:
+        tokens, what = request.prompt, "prompt"
+        positions = len(tokens) + request.new_tokens - 1  # the last token is not fed back
+        counts = {
+            "new_tokens": (request.new_tokens, 1),
+            "warmup": (request.warmup, 0),
+            "repeats": (request.repeats, 1),
+            "threads": (request.threads, 1),
+        }
+    for name, (count, least) in counts.items():
+        if count < least:
+            raise UsageError(f"{name} is {count}; it must be at least {least}")
+    if not tokens:
+        raise UsageError(f"the {what} is empty; at least one token is needed")
+    for index, token in enumerate(tokens):
+        if not 0 <= token < program.vocab_size:
+            raise UsageError(f"{what}[{index}] is {token}; the vocabulary has {program.vocab_size} entries")
+    if positions > program.context_length:
+        raise UsageError(f"{positions} positions are asked for; the model's context has {program.context_length}")

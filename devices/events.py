@@ -1,0 +1,184 @@
+"""Reads a runner's event lines and holds them against the contract in docs/contracts.md.
+
+A run is finished only by an `end` event that is the last line. Anything else, from a malformed line to a token too
+many, is a BoaEdgeError that quotes what was found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from boa_edge.errors import BoaEdgeError
+from devices.contract import Event, GenerateRequest, ScoreRequest
+
+SCHEMA = 1
+_QUOTED = 200
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _count_or_null(value: Any) -> bool:
+    return value is None or _count(value)
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+# A further field is allowed (a newer runner may say more); a missing or wrong one is not.
+FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "start": {
+        "schema": _count,
+        "runtime": _text,
+        "runtime_version": _text,
+        "mode": _text,
+        "threads": _count,
+        "tokens": _count,
+    },
+    "load": {"ns": _count},
+    "prefill": {"run": _count, "warmup": _flag, "tokens": _count, "ns": _count},
+    "token": {"run": _count, "warmup": _flag, "i": _count, "id": _count, "ns": _count},
+    "score": {"tokens": _count, "ns": _count},
+    "memory": {"peak_rss_bytes": _count_or_null, "rss_bytes": _count_or_null},
+    "error": {"message": _text},
+    "end": {"rc": _count},
+}
+
+
+def parse_event(line: str, device: str) -> Event:
+    """One line as a checked event. BoaEdgeError where it is not one."""
+
+    def refuse(problem: str) -> NoReturn:
+        shown = line if len(line) <= _QUOTED else line[:_QUOTED] + "..."
+        raise BoaEdgeError(f"the runner printed {shown!r}: {problem}", where=f"device {device}", fix=_FIX)
+
+    def no_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a number that JSON knows")
+
+    try:
+        event = json.loads(line, parse_constant=no_constant)
+    except ValueError as error:
+        refuse(f"not a JSON object ({error})")
+    except RecursionError:
+        refuse("nested too deeply")
+    if not isinstance(event, dict):
+        refuse("not a JSON object")
+    name = event.get("event")
+    fields = FIELDS.get(name) if isinstance(name, str) else None
+    if fields is None:
+        refuse(f"unknown event {name!r}")
+    for key, valid in fields.items():
+        if key not in event:
+            refuse(f"{name} has no field '{key}'")
+        if not valid(event[key]):
+            refuse(f"{name} has {key} = {event[key]!r}")
+    return event
+
+
+_FIX = "The runner does not keep the contract in docs/contracts.md; run `make setup` to rebuild it"
+
+
+@dataclass
+class EventStream:
+    """The order and the number of events that one request must bring.
+
+    Attributes:
+        device: the name for error messages.
+        request: what was asked.
+        runtime: the runtime that must answer.
+        runtime_version: the version that was installed for it, None where any will do.
+        vocabulary: ids at or above this are refused.
+        events: what has been accepted so far.
+    """
+
+    device: str
+    request: GenerateRequest | ScoreRequest
+    runtime: str
+    runtime_version: str | None
+    vocabulary: int
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._expected = _expected(self.request)
+        self._next = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether `end` has arrived."""
+        return self._next == len(self._expected)
+
+    def accept(self, line: str) -> Event:
+        """Check one line and keep it. BoaEdgeError where it is not what must come now."""
+        if self.ended:
+            self._refuse(f"printed {line[:_QUOTED]!r} after its end event")
+        event = parse_event(line, self.device)
+        if event["event"] == "error":
+            self.events.append(event)
+            raise BoaEdgeError(f"the runner failed: {event['message']}", where=f"device {self.device}")
+        wanted = self._expected[self._next]
+        for key, value in wanted.items():
+            if event[key] != value:
+                place = f"event {len(self.events) + 1} ({event['event']})"
+                self._refuse(f"{place} has {key} = {event[key]!r} where {value!r} was due")
+        if event["event"] == "start":
+            self._check_runtime(event)
+        if event["event"] == "token":
+            self._check_token(event)
+        self.events.append(event)
+        self._next += 1
+        return event
+
+    def finish(self) -> None:
+        """Call at the end of output: BoaEdgeError unless `end` was its last line."""
+        if not self.ended:
+            wanted = self._expected[self._next]["event"]
+            self._refuse(f"its output ended after {len(self.events)} events, before '{wanted}' and 'end'")
+
+    def _check_runtime(self, event: Event) -> None:
+        if event["runtime"] != self.runtime:
+            self._refuse(f"it speaks for runtime {event['runtime']!r}, not {self.runtime!r}")
+        found = event["runtime_version"]
+        if self.runtime_version is not None and found != self.runtime_version:
+            raise BoaEdgeError(
+                f"the {self.runtime} runtime on the device has version {found}, installed is {self.runtime_version}",
+                where=f"device {self.device}",
+                fix="Run `make setup`",
+            )
+
+    def _check_token(self, event: Event) -> None:
+        if event["id"] >= self.vocabulary:
+            self._refuse(f"token id {event['id']} is outside the vocabulary of {self.vocabulary}")
+        if event["i"] == 0 and event["ns"] != self.events[-1]["ns"]:
+            self._refuse("token 0 does not carry its prefill's time")
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise BoaEdgeError(f"the runner broke its contract: {problem}", where=f"device {self.device}", fix=_FIX)
+
+
+def _expected(request: GenerateRequest | ScoreRequest) -> list[dict[str, Any]]:
+    """The whole sequence of events of a request, each with the fields that are known beforehand."""
+    if isinstance(request, ScoreRequest):
+        count, mode = len(request.tokens), "score"
+    else:
+        count, mode = len(request.prompt), "generate"
+    events: list[dict[str, Any]] = [
+        {"event": "start", "schema": SCHEMA, "mode": mode, "threads": request.threads, "tokens": count},
+        {"event": "load"},
+    ]
+    if isinstance(request, ScoreRequest):
+        events.append({"event": "score", "tokens": count})
+    else:
+        for run in range(request.warmup + request.repeats):
+            same = {"run": run, "warmup": run < request.warmup}
+            events.append({"event": "prefill", "tokens": count, **same})
+            events += [{"event": "token", "i": i, **same} for i in range(request.new_tokens)]
+    return [*events, {"event": "memory"}, {"event": "end", "rc": 0}]

@@ -1,0 +1,121 @@
+"""Runs one command and hands out its lines as they come; never longer silent than allowed, never left running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+_LONGEST_LINE = 1 << 20
+_STDERR_LINES = 20
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the process ended.
+
+    Attributes:
+        code: exit status; negative: the signal that ended it; None: stopped by us.
+        stderr: its last lines on stderr.
+        problem: why it was stopped, where it was.
+    """
+
+    code: int | None
+    stderr: tuple[str, ...]
+    problem: str | None = None
+
+    def describe(self) -> str:
+        """How it ended, in words."""
+        if self.problem is not None:
+            return self.problem
+        if self.code is not None and self.code < 0:
+            try:
+                name = signal.Signals(-self.code).name
+            except ValueError:
+                name = f"signal {-self.code}"
+            return f"it was ended by {name}"
+        return f"it exited with {self.code}"
+
+
+def run_lines(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    on_line: Callable[[str], None],
+    silence_limit_s: float,
+) -> Outcome:
+    """Run `command`; `on_line` gets each line of stdout, and an exception that it raises stops the process."""
+    process = subprocess.Popen(
+        list(command),
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    tail: deque[str] = deque(maxlen=_STDERR_LINES)
+    reader = threading.Thread(target=_keep_tail, args=(process.stderr, tail), daemon=True)
+    reader.start()
+    try:
+        problem = _read_lines(process.stdout, on_line, silence_limit_s)
+        if problem is None:
+            try:
+                process.wait(timeout=silence_limit_s)
+            except subprocess.TimeoutExpired:
+                problem = f"it closed its output but did not end within {silence_limit_s:g} s"
+    finally:
+        _stop(process)
+        reader.join(timeout=5)
+        process.stdout.close()
+    return Outcome(None if problem else process.returncode, tuple(tail), problem)
+
+
+def _read_lines(stream: IO[bytes], on_line: Callable[[str], None], silence_limit_s: float) -> str | None:
+    """Read to the end; a text says why reading was given up."""
+    buffer = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        deadline = time.monotonic() + silence_limit_s
+        while True:
+            if not selector.select(timeout=max(0.0, deadline - time.monotonic())):
+                return f"it printed nothing for {silence_limit_s:g} s"
+            chunk = os.read(stream.fileno(), _CHUNK)
+            if not chunk:
+                if buffer:
+                    on_line(_text(buffer))
+                return None
+            *lines, buffer = (buffer + chunk).split(b"\n")
+            for line in lines:
+                on_line(_text(line))
+            if lines:
+                deadline = time.monotonic() + silence_limit_s
+            if len(buffer) > _LONGEST_LINE:
+                return f"it printed a line of more than {_LONGEST_LINE} bytes"
+
+
+def _keep_tail(stream: IO[bytes], tail: deque[str]) -> None:
+    with stream:
+        for line in iter(lambda: stream.readline(_CHUNK), b""):
+            if line.strip():
+                tail.append(_text(line).strip())
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", errors="replace")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and whatever it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,111 @@
+// The command line that every runner shares, checked completely before anything is loaded.
+#pragma once
+
+#include <charconv>
+#include <cstdint>
+#include <fstream>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace boa {
+
+struct Arguments {
+    std::string model;
+    std::string tokens;
+    std::string mode;
+    std::string logits;
+    int new_tokens = 0;
+    int warmup = 0;
+    int repeats = 1;
+    int threads = 1;
+    std::vector<std::pair<std::string, std::string>> config;
+};
+
+inline int parse_int(const std::string& flag, const std::string& text, int low, int high) {
+    int value = 0;
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, value);
+    if (error != std::errc() || stop != end || value < low || value > high) {
+        throw std::invalid_argument(flag + " is '" + text + "'; it must be a whole number from " +
+                                    std::to_string(low) + " to " + std::to_string(high));
+    }
+    return value;
+}
+
+inline Arguments parse_arguments(int argc, char** argv) {
+    constexpr int kMany = 1 << 24;
+    Arguments out;
+    std::set<std::string> seen;
+    for (int i = 1; i < argc; i += 2) {
+        const std::string flag = argv[i];
+        if (i + 1 >= argc) throw std::invalid_argument(flag + " needs a value");
+        const std::string value = argv[i + 1];
+        if (flag != "--config" && !seen.insert(flag).second) throw std::invalid_argument(flag + " is given twice");
+        if (flag == "--model") {
+            out.model = value;
+        } else if (flag == "--tokens") {
+            out.tokens = value;
+        } else if (flag == "--mode") {
+            out.mode = value;
+        } else if (flag == "--logits") {
+            out.logits = value;
+        } else if (flag == "--new-tokens") {
+            out.new_tokens = parse_int(flag, value, 1, kMany);
+        } else if (flag == "--warmup") {
+            out.warmup = parse_int(flag, value, 0, kMany);
+        } else if (flag == "--repeats") {
+            out.repeats = parse_int(flag, value, 1, kMany);
+        } else if (flag == "--threads") {
+            out.threads = parse_int(flag, value, 1, 1024);
+        } else if (flag == "--config") {
+            const std::size_t equals = value.find('=');
+            if (equals == std::string::npos || equals == 0) {
+                throw std::invalid_argument("--config is '" + value + "'; it must be KEY=VALUE");
+            }
+            out.config.emplace_back(value.substr(0, equals), value.substr(equals + 1));
+        } else {
+            throw std::invalid_argument("unknown argument '" + flag + "'");
+        }
+    }
+    for (const char* flag : {"--model", "--tokens", "--mode"}) {
+        if (!seen.count(flag)) throw std::invalid_argument(std::string(flag) + " is missing");
+    }
+    const auto require = [&](const char* flag, bool wanted) {
+        if (wanted != (seen.count(flag) > 0)) {
+            throw std::invalid_argument(std::string(flag) + (wanted ? " is needed" : " has no meaning") + " with --mode " +
+                                        out.mode);
+        }
+    };
+    if (out.mode == "generate") {
+        require("--new-tokens", true);
+        require("--logits", false);
+    } else if (out.mode == "score") {
+        require("--logits", true);
+        for (const char* flag : {"--new-tokens", "--warmup", "--repeats"}) require(flag, false);
+    } else {
+        throw std::invalid_argument("--mode is '" + out.mode + "'; it must be generate or score");
+    }
+    return out;
+}
+
+// Little-endian int64 ids. Throws where the file is missing, empty or torn.
+inline std::vector<std::int64_t> read_tokens(const std::string& path) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "token and logit files are little-endian");
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    if (!file) throw std::runtime_error(path + ": the token file cannot be opened");
+    const std::streamoff size = file.tellg();
+    if (size <= 0 || size % 8 != 0) {
+        throw std::runtime_error(path + ": " + std::to_string(size) + " bytes are not a whole, non-zero number of int64 ids");
+    }
+    std::vector<std::int64_t> tokens(static_cast<std::size_t>(size) / 8);
+    file.seekg(0);
+    file.read(reinterpret_cast<char*>(tokens.data()), size);
+    if (!file) throw std::runtime_error(path + ": the token file cannot be read");
+    return tokens;
+}
+
+}  // namespace boa

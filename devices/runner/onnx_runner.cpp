@@ -1,0 +1,357 @@
+// Runs an ONNX decoder with KV-cache inputs and outputs: greedy generation, or the logits of a whole sequence.
+// The command line, the events and the graph's inputs are the contract in docs/contracts.md.
+//
+// The library is opened at run time from beside this program, so building needs neither its header nor its binary.
+
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "events.h"
+#include "ort_abi.h"
+
+namespace {
+
+using boa::Arguments;
+using boa::Event;
+using boa::now_ns;
+
+const ort::Api* api = nullptr;
+
+// Turn a failed call into an exception that carries the library's own words.
+void check(ort::Status* status, const std::string& what) {
+    if (status == nullptr) return;
+    const std::string message = api->error_message(status);
+    api->release_status(status);
+    throw std::runtime_error(what + ": " + message);
+}
+
+template <typename T>
+using Owned = std::unique_ptr<T, void (*)(T*)>;
+
+using Shape = std::vector<std::int64_t>;
+
+std::string text(const Shape& shape) {
+    std::string out = "[";
+    for (std::size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+    return out + "]";
+}
+
+struct Port {
+    std::string name;
+    int type = 0;
+    Shape shape;  // -1 where symbolic
+};
+
+Shape shape_of(const ort::TensorInfo* info) {
+    std::size_t rank = 0;
+    check(api->rank(info, &rank), "rank");
+    Shape shape(rank);
+    check(api->dimensions(info, shape.data(), rank), "shape");
+    return shape;
+}
+
+std::vector<Port> ports(const ort::Session* session, ort::Allocator* allocator, bool inputs) {
+    std::size_t count = 0;
+    check((inputs ? api->input_count : api->output_count)(session, &count), "count of graph ports");
+    std::vector<Port> out(count);
+    for (std::size_t i = 0; i < count; ++i) {
+        char* name = nullptr;
+        check((inputs ? api->input_name : api->output_name)(session, i, allocator, &name), "name of a graph port");
+        out[i].name = name;
+        check(api->allocator_free(allocator, name), "free");
+        ort::TypeInfo* raw = nullptr;
+        check((inputs ? api->input_type : api->output_type)(session, i, &raw), "type of " + out[i].name);
+        const Owned<ort::TypeInfo> type(raw, api->release_type_info);
+        const ort::TensorInfo* info = nullptr;
+        check(api->as_tensor_info(type.get(), &info), "type of " + out[i].name);
+        if (info == nullptr) throw std::runtime_error("graph port '" + out[i].name + "' is not a tensor");
+        check(api->element_type(info, &out[i].type), "type of " + out[i].name);
+        out[i].shape = shape_of(info);
+    }
+    return out;
+}
+
+void expect(const Port& port, int type, std::size_t rank) {
+    if (port.type != type || port.shape.size() != rank) {
+        throw std::runtime_error("graph port '" + port.name + "' has element type " + std::to_string(port.type) +
+                                 " and shape " + text(port.shape) + ", expected element type " + std::to_string(type) +
+                                 " and " + std::to_string(rank) + " dimensions");
+    }
+}
+
+// A decoder session and its KV cache.
+class Decoder {
+  public:
+    explicit Decoder(const Arguments& arguments) {
+        ort::Env* env = nullptr;
+        check(api->create_env(ort::kLogWarning, "boa-edge", &env), "environment");
+        env_.reset(env);
+        check(api->disable_telemetry(env), "telemetry");
+        ort::SessionOptions* options = nullptr;
+        check(api->create_session_options(&options), "session options");
+        const Owned<ort::SessionOptions> owned_options(options, api->release_session_options);
+        check(api->set_optimization_level(options, ort::kOptimizeAll), "optimization level");
+        check(api->set_intra_op_threads(options, arguments.threads), "threads");
+        check(api->set_inter_op_threads(options, 1), "threads");
+        for (const auto& [key, value] : arguments.config) {
+            check(api->add_session_config(options, key.c_str(), value.c_str()), "--config " + key);
+        }
+        ort::Session* session = nullptr;
+        check(api->create_session(env, arguments.model.c_str(), options, &session), arguments.model);
+        session_.reset(session);
+        check(api->default_allocator(&allocator_), "allocator");
+        ort::MemoryInfo* memory = nullptr;
+        check(api->create_cpu_memory_info(ort::kDeviceAllocator, ort::kDefaultMemory, &memory), "memory");
+        memory_.reset(memory);
+        describe();
+    }
+
+    // Size of the vocabulary as the graph states it; 0 where it is symbolic.
+    std::int64_t vocabulary() const { return vocabulary_; }
+
+    // Forget the sequence.
+    void reset() {
+        past_.clear();
+        past_length_ = 0;
+        for (const Port& port : past_ports_) {
+            const Shape shape = {1, port.shape[1], 0, port.shape[3]};
+            ort::Value* value = nullptr;
+            check(api->create_tensor(allocator_, shape.data(), shape.size(), ort::kElementFloat, &value), port.name);
+            past_.emplace_back(value, api->release_value);
+        }
+    }
+
+    // Run `tokens` after what is in the cache; the logits [tokens, vocabulary] stay valid until the next call.
+    const float* step(const std::int64_t* tokens, std::size_t count, bool keep_cache) {
+        const std::int64_t total = past_length_ + static_cast<std::int64_t>(count);
+        ids_.assign(tokens, tokens + count);
+        mask_.assign(static_cast<std::size_t>(total), 1);
+        positions_.resize(count);
+        for (std::size_t i = 0; i < count; ++i) positions_[i] = past_length_ + static_cast<std::int64_t>(i);
+
+        std::vector<Owned<ort::Value>> owned;
+        owned.push_back(wrap(ids_));
+        owned.push_back(wrap(mask_));
+        owned.push_back(wrap(positions_));
+        std::vector<const ort::Value*> inputs;
+        for (const auto& value : owned) inputs.push_back(value.get());
+        for (const auto& value : past_) inputs.push_back(value.get());
+        std::vector<ort::Value*> outputs(keep_cache ? output_names_.size() : 1, nullptr);
+        check(api->run(session_.get(), nullptr, input_names_.data(), inputs.data(), inputs.size(),
+                       output_names_.data(), outputs.size(), outputs.data()),
+              "inference");
+        logits_.reset(outputs[0]);
+        if (keep_cache) {
+            past_.clear();
+            for (std::size_t i = 1; i < outputs.size(); ++i) past_.emplace_back(outputs[i], api->release_value);
+            past_length_ = total;
+        }
+
+        ort::TensorInfo* raw = nullptr;
+        check(api->value_info(logits_.get(), &raw), "logits");
+        const Owned<ort::TensorInfo> info(raw, api->release_tensor_info);
+        const Shape shape = shape_of(info.get());
+        const bool right = shape.size() == 3 && shape[0] == 1 && shape[1] == static_cast<std::int64_t>(count) &&
+                           shape[2] > 0 && (vocabulary_ == 0 || shape[2] == vocabulary_);
+        if (!right) {
+            throw std::runtime_error("logits have shape " + text(shape) + " for " + std::to_string(count) + " tokens");
+        }
+        vocabulary_ = shape[2];
+        void* data = nullptr;
+        check(api->tensor_data(logits_.get(), &data), "logits");
+        return static_cast<const float*>(data);
+    }
+
+  private:
+    void describe() {
+        const std::vector<Port> inputs = ports(session_.get(), allocator_, true);
+        const std::vector<Port> outputs = ports(session_.get(), allocator_, false);
+        names_ = {"input_ids", "attention_mask", "position_ids"};
+        std::size_t plain = 0;
+        for (const Port& port : inputs) {
+            if (port.name == names_[0] || port.name == names_[1] || port.name == names_[2]) {
+                expect(port, ort::kElementInt64, 2);
+                ++plain;
+            } else if (port.name.rfind(kPast, 0) == 0) {
+                expect(port, ort::kElementFloat, 4);
+                if (port.shape[1] <= 0 || port.shape[3] <= 0) {
+                    throw std::runtime_error("graph input '" + port.name + "' has shape " + text(port.shape) +
+                                             "; heads and head size must be fixed numbers");
+                }
+                past_ports_.push_back(port);
+            } else {
+                throw std::runtime_error("graph input '" + port.name + "' is not one that this runner knows");
+            }
+        }
+        if (plain != 3) {
+            throw std::runtime_error("the graph must have the inputs input_ids, attention_mask and position_ids");
+        }
+        const auto output = [&](const std::string& name) -> const Port& {
+            for (const Port& port : outputs) {
+                if (port.name == name) return port;
+            }
+            throw std::runtime_error("the graph has no output '" + name + "'");
+        };
+        const Port& logits = output("logits");
+        expect(logits, ort::kElementFloat, 3);
+        vocabulary_ = logits.shape[2] > 0 ? logits.shape[2] : 0;
+        present_names_ = {"logits"};
+        for (const Port& port : past_ports_) {
+            names_.push_back(port.name);
+            present_names_.push_back(kPresent + port.name.substr(std::string(kPast).size()));
+            expect(output(present_names_.back()), ort::kElementFloat, 4);
+        }
+        for (const std::string& name : names_) input_names_.push_back(name.c_str());
+        for (const std::string& name : present_names_) output_names_.push_back(name.c_str());
+    }
+
+    Owned<ort::Value> wrap(std::vector<std::int64_t>& data) {
+        const Shape shape = {1, static_cast<std::int64_t>(data.size())};
+        ort::Value* value = nullptr;
+        check(api->wrap_tensor(memory_.get(), data.data(), data.size() * sizeof(std::int64_t), shape.data(), shape.size(),
+                               ort::kElementInt64, &value),
+              "input tensor");
+        return Owned<ort::Value>(value, api->release_value);
+    }
+
+    static constexpr const char* kPast = "past_key_values.";
+    static constexpr const char* kPresent = "present.";
+
+    // Destroyed in reverse order: values before the session, the session before the environment.
+    Owned<ort::Env> env_{nullptr, api->release_env};
+    Owned<ort::Session> session_{nullptr, api->release_session};
+    Owned<ort::MemoryInfo> memory_{nullptr, api->release_memory_info};
+    ort::Allocator* allocator_ = nullptr;  // the library's own; never released
+    std::vector<std::string> names_, present_names_;
+    std::vector<const char*> input_names_, output_names_;
+    std::vector<Port> past_ports_;
+    std::vector<Owned<ort::Value>> past_;
+    std::vector<std::int64_t> ids_, mask_, positions_;
+    Owned<ort::Value> logits_{nullptr, api->release_value};
+    std::int64_t vocabulary_ = 0;
+    std::int64_t past_length_ = 0;
+};
+
+// Index of the largest logit, the lowest one on ties.
+std::int64_t argmax(const float* logits, std::int64_t count) {
+    std::int64_t best = 0;
+    bool finite = true;
+    for (std::int64_t i = 0; i < count; ++i) {
+        finite = finite && std::isfinite(logits[i]);
+        if (logits[i] > logits[best]) best = i;
+    }
+    if (!finite) throw std::runtime_error("the logits hold values that are not finite");
+    return best;
+}
+
+void generate(Decoder& decoder, const Arguments& arguments, const std::vector<std::int64_t>& prompt) {
+    for (int run = 0; run < arguments.warmup + arguments.repeats; ++run) {
+        const bool warmup = run < arguments.warmup;
+        const std::int64_t index = run;  // counted runs follow the warm-ups
+        const auto send_token = [&](int i, std::int64_t id, std::int64_t ns) {
+            Event("token").add("run", index).add("warmup", warmup).add("i", i).add("id", id).add("ns", ns).send();
+        };
+        decoder.reset();
+        std::int64_t start = now_ns();
+        const float* logits = decoder.step(prompt.data(), prompt.size(), true);
+        const auto last = static_cast<std::int64_t>(prompt.size()) - 1;
+        std::int64_t id = argmax(logits + last * decoder.vocabulary(), decoder.vocabulary());
+        std::int64_t ns = now_ns() - start;
+        Event("prefill")
+            .add("run", index)
+            .add("warmup", warmup)
+            .add("tokens", static_cast<std::int64_t>(prompt.size()))
+            .add("ns", ns)
+            .send();
+        send_token(0, id, ns);
+        for (int i = 1; i < arguments.new_tokens; ++i) {
+            start = now_ns();
+            id = argmax(decoder.step(&id, 1, true), decoder.vocabulary());
+            ns = now_ns() - start;
+            send_token(i, id, ns);
+        }
+    }
+}
+
+void score(Decoder& decoder, const Arguments& arguments, const std::vector<std::int64_t>& tokens) {
+    decoder.reset();
+    const std::int64_t start = now_ns();
+    const float* logits = decoder.step(tokens.data(), tokens.size(), false);
+    const std::int64_t ns = now_ns() - start;
+    const std::size_t count = tokens.size() * static_cast<std::size_t>(decoder.vocabulary());
+    std::FILE* file = std::fopen(arguments.logits.c_str(), "wb");
+    if (file == nullptr) throw std::runtime_error(arguments.logits + ": the logits file cannot be created");
+    const bool written = std::fwrite(logits, sizeof(float), count, file) == count;
+    const bool closed = std::fclose(file) == 0;
+    if (!written || !closed) throw std::runtime_error(arguments.logits + ": the logits cannot be written (disk full?)");
+    Event("score").add("tokens", static_cast<std::int64_t>(tokens.size())).add("ns", ns).send();
+}
+
+const char* open_library() {
+    void* library = dlopen("libonnxruntime.so", RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) throw std::runtime_error(std::string("ONNX Runtime cannot be loaded: ") + dlerror());
+    const auto get_base = reinterpret_cast<ort::GetApiBase>(dlsym(library, "OrtGetApiBase"));
+    if (get_base == nullptr) throw std::runtime_error("libonnxruntime.so does not export OrtGetApiBase");
+    const ort::ApiBase* base = get_base();
+    api = base->get_api(ort::kApiVersion);
+    if (api == nullptr) {
+        throw std::runtime_error(std::string("ONNX Runtime ") + base->version() + " is too old for this runner");
+    }
+    return base->version();
+}
+
+void run(int argc, char** argv) {
+    const Arguments arguments = boa::parse_arguments(argc, argv);
+    const std::vector<std::int64_t> tokens = boa::read_tokens(arguments.tokens);
+    const char* version = open_library();
+    Event("start")
+        .add("schema", 1)
+        .add("runtime", "onnx")
+        .add("runtime_version", version)
+        .add("mode", arguments.mode)
+        .add("threads", arguments.threads)
+        .add("tokens", static_cast<std::int64_t>(tokens.size()))
+        .send();
+
+    const std::int64_t start = now_ns();
+    Decoder decoder(arguments);
+    Event("load").add("ns", now_ns() - start).send();
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+        if (tokens[i] < 0 || (decoder.vocabulary() > 0 && tokens[i] >= decoder.vocabulary())) {
+            throw std::runtime_error("token " + std::to_string(i) + " is " + std::to_string(tokens[i]) +
+                                     "; the vocabulary has " + std::to_string(decoder.vocabulary()) + " entries");
+        }
+    }
+    if (arguments.mode == "generate") {
+        generate(decoder, arguments, tokens);
+    } else {
+        score(decoder, arguments, tokens);
+    }
+    Event("memory")
+        .add("peak_rss_bytes", boa::status_bytes("VmHWM"))
+        .add("rss_bytes", boa::status_bytes("VmRSS"))
+        .send();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        run(argc, argv);
+        Event("end").add("rc", 0).send();
+        return 0;
+    } catch (const std::exception& error) {
+        try {
+            Event("error").add("message", std::string(error.what())).send();
+        } catch (const std::exception&) {
+            std::fprintf(stderr, "boa-edge-runner-onnx: %s\n", error.what());
+        }
+        return 1;
+    }
+}
