@@ -1,0 +1,96 @@
+"""Numbers and names as people read them. What an emulator's clock says is never called a latency."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from devices.contract import Execution
+from runtime_tests.figure import Figure
+
+METHODS = {"rtn": "Round-to-nearest", "gptq": "GPTQ", "boa": "BoA", "original": "Original"}
+
+_TIMES = {
+    "load_time": ("Load time", "Emulated load time", "Estimated load time"),
+    "time_to_first_token": (
+        "Time to first token",
+        "Emulated time to first token",
+        "Estimated time to first token",
+    ),
+    "prefill_speed": ("Prefill speed", "Prefill speed in emulated time", "Estimated prefill speed"),
+    "decode_speed": ("Decode speed", "Decode speed in emulated time", "Estimated decode speed"),
+    "token_time_p50": ("Token latency, p50", "Emulated time per token, p50", "Estimated time per token, p50"),
+    "token_time_p95": ("Token latency, p95", "Emulated time per token, p95", "Estimated time per token, p95"),
+    "peak_rss": ("Peak memory", "Peak memory, with the emulator", "Estimated peak memory"),
+    "rss": ("Memory at the end", "Memory at the end, with the emulator", "Estimated memory at the end"),
+}
+_COLUMNS: dict[Execution, int] = {"measured": 0, "emulated": 1, "estimated": 2}
+_PREFIXES = ("B", "kB", "MB", "GB", "TB")
+
+
+def label(name: str, execution: Execution) -> str:
+    """The name of a time, a speed or an amount of memory, by how it was come by."""
+    return _TIMES[name][_COLUMNS[execution]]
+
+
+def method_name(method: str) -> str:
+    """A method of quantization in words."""
+    return METHODS.get(method.lower(), method)
+
+
+def show(entry: Figure | None) -> str:
+    """A figure with its unit; `not recorded` where there is none, and why where its probe gave no value."""
+    if entry is None:
+        return "not recorded"
+    if isinstance(entry.value, str):
+        return entry.value
+    if entry.unit == "bytes":
+        return show_bytes(entry.value)
+    if entry.unit == "fraction":
+        return f"{100 * entry.value:.1f} %"
+    if entry.unit == "ms" and entry.value >= 10_000:
+        return f"{entry.value / 1000:.1f} s"
+    if entry.unit == "s" and entry.value >= 120:
+        return f"{entry.value / 60:.1f} min"
+    unit = {"per token": "", "relative squared error": "", "squared error": "", "nats/token": "nats/token"}
+    return f"{number(entry.value)} {unit.get(entry.unit, entry.unit)}".rstrip()
+
+
+def show_value(entry: Figure | None) -> str:
+    """As `show`, without a unit that the column's heading gives: nats per token, seconds."""
+    if entry is None or isinstance(entry.value, str) or entry.unit not in ("nats/token", "s"):
+        return show(entry)
+    return number(entry.value)
+
+
+def show_bytes(value: float) -> str:
+    """Decimal multiples: 94.3 MB."""
+    power = 0
+    while value >= 999.5 and power < len(_PREFIXES) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {_PREFIXES[power]}" if power else f"{value:.0f} B"
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent where a plain number does."""
+    if value == 0 or 1e-4 <= abs(value) < 1e4:
+        text = f"{value:.4g}"
+        return text
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.3e}"
+
+
+def short(text: str, length: int) -> str:
+    """`visible`, cut to `length` characters."""
+    text = visible(text).replace("\n", " ")
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def visible(text: str) -> str:
+    """Text of unknown origin with what could hide or reorder it spelled out: `⟨U+202E⟩`. Newlines and tabs stay."""
+    return "".join(
+        f"⟨U+{ord(character):04X}⟩"
+        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs") and character != "\u200d"
+        else character
+        for character in text
+    )

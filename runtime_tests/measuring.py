@@ -1,0 +1,171 @@
+"""Measure a bundle on a device and write the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import devices
+from boa_edge import __version__
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import output_directory, write_json, write_text
+from boa_edge.progress import say
+from devices.contract import Device, Execution, GenerateRequest, RunResult, ScoreRequest
+from runtime_tests.events import Generation, gather_generation, load_time, score_time
+from runtime_tests.facts import BundleFacts, open_bundle
+from runtime_tests.fidelity import check_logits, score
+from runtime_tests.figure import EMULATED_MEMORY, EMULATED_TIME
+from runtime_tests.following import follow
+from runtime_tests.generation import compare_greedy, notes
+from runtime_tests.labels import visible
+from runtime_tests.metrics import Logits
+from runtime_tests.model import DeviceFacts, Report, Settings, Tool
+from runtime_tests.origin import quantization
+from runtime_tests.report import render
+from runtime_tests.reproduce import commands
+from runtime_tests.settings import settle
+from runtime_tests.speed import memory, samples, speed
+from runtime_tests.text import load_decoder
+
+
+def measure(
+    bundle: Path,
+    device: str | Device,
+    output: Path,
+    *,
+    threads: int = 1,
+    warmup: int | None = None,
+    repeats: int | None = None,
+    new_tokens: int = 32,
+    score_tokens: int | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Run `bundle` on `device`, compare it with what PyTorch answered, and write `report.json` and `report.html`.
+
+    Args:
+        bundle: a bundle directory; it is verified first.
+        device: a name that `boa-edge devices` lists, or a device.
+        output: the directory to make.
+        threads: of the runtime.
+        warmup: generation runs that do not count; 1, under emulation 0.
+        repeats: generation runs that count; 3, under emulation 1.
+        new_tokens: to generate in each run.
+        score_tokens: of the reference text; all, under emulation at most 96.
+        overwrite: replace an existing report.
+
+    Raises:
+        BoaEdgeError: the bundle is damaged, the device is not usable, or a run on it failed.
+        UsageError: a setting is out of range, or `output` exists.
+    """
+    with output_directory(output, overwrite=overwrite) as directory:
+        facts = open_bundle(bundle)
+        opened = devices.open_device(device) if isinstance(device, str) else device
+        settings = settle(
+            facts,
+            opened.execution,
+            threads=threads,
+            warmup=warmup,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            score_tokens=score_tokens,
+        )
+        report = _measure(facts, opened, settings)
+        write_json(directory / "report.json", report.as_dict())
+        write_text(directory / "report.html", render(report))
+    return report
+
+
+class _Session:
+    """The runs on one device, one after the other, with what each left for the report."""
+
+    def __init__(self, facts: BundleFacts, device: Device, settings: Settings) -> None:
+        self._facts, self._device, self._settings = facts, device, settings
+        self.results: list[RunResult] = []
+
+    def score(self, tokens: Sequence[int]) -> Logits:
+        """Teacher-forced logits [n, V]."""
+        request = ScoreRequest(tokens=tuple(map(int, tokens)), threads=self._settings.threads)
+        result = self._run(request)
+        return check_logits(result.logits, (len(tokens), self._facts.reference.vocabulary))
+
+    def generate(self) -> Generation:
+        """The generation runs."""
+        settings = self._settings
+        request = GenerateRequest(
+            prompt=tuple(map(int, self._facts.reference.prompt)),
+            new_tokens=settings.new_tokens,
+            warmup=settings.warmup,
+            repeats=settings.repeats,
+            threads=settings.threads,
+        )
+        return gather_generation(
+            self._run(request),
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            warmup=settings.warmup,
+            repeats=settings.repeats,
+        )
+
+    def _run(self, request: GenerateRequest | ScoreRequest) -> RunResult:
+        device = self._device
+        result = device.run(self._facts.path, request, follow(device.name, self._settings.new_tokens))
+        if result.execution != device.execution:
+            raise BoaEdgeError(
+                f"the run was {result.execution}, but the device is {device.execution}", where=device.name
+            )
+        self.results.append(result)
+        return result
+
+
+def _measure(facts: BundleFacts, device: Device, settings: Settings) -> Report:
+    session = _Session(facts, device, settings)
+    execution = device.execution
+    decode = load_decoder(facts.path)
+
+    name = visible(device.name)
+    say(f"{name}: scoring {settings.score_tokens} tokens ({execution})")
+    reference = facts.reference.head(settings.score_tokens)
+    fidelity = score(reference, session.score(reference.tokens.tolist()), execution)
+
+    say(f"{name}: generating {settings.warmup} + {settings.repeats} x {settings.new_tokens} tokens ({execution})")
+    generation = session.generate()
+    greedy = compare_greedy(reference, generation, decode, lambda tokens: session.score(tokens)[-1], execution)
+
+    loads = [ns for ns in map(load_time, session.results) if ns is not None]
+    return Report(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool=Tool(version=__version__, python=platform.python_version(), platform=platform.platform()),
+        deployed=facts.deployed,
+        device=_device_facts(device, session.results),
+        settings=settings,
+        fidelity=fidelity,
+        generation=greedy,
+        speed=speed(generation, loads, execution),
+        memory=memory(generation, execution),
+        samples=samples(generation, loads, score_time(session.results[0]), execution),
+        quantization=quantization(facts.provenance),
+        reproduce=commands(facts.deployed, facts.provenance, settings, device.name),
+        notes=(*notes(greedy, fidelity, facts.deployed.activations), *_execution_notes(execution)),
+    )
+
+
+def _device_facts(device: Device, results: Sequence[RunResult]) -> DeviceFacts:
+    return DeviceFacts(
+        name=device.name,
+        execution=device.execution,
+        fingerprint=device.fingerprint(),
+        programs={name: digest for result in results for name, digest in result.files.items()},
+        commands=tuple(result.command for result in results),
+    )
+
+
+def _execution_notes(execution: Execution) -> list[str]:
+    """Accuracy belongs to bundle and device together: a runtime computes differently on another CPU."""
+    found = [
+        "Fidelity holds for this device: a runtime may choose other kernels, and so other numbers, on another CPU."
+    ]
+    if execution == "emulated":
+        found.append(f"Times are {EMULATED_TIME}. Memory is an {EMULATED_MEMORY}.")
+    return found

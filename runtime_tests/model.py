@@ -1,0 +1,295 @@
+"""The report: what `report.json` holds. The published schema is made from these classes (`runtime_tests.schema`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from devices.contract import Execution
+from runtime_tests.figure import Figure, Frozen
+
+Count = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Tool(Frozen):
+    """What made the report, and where."""
+
+    name: Literal["boa-edge"] = "boa-edge"
+    version: str
+    python: str
+    platform: str
+
+
+class BundleFile(Frozen):
+    """A file of the bundle, as its manifest has it."""
+
+    path: str
+    bytes: Count
+    sha256: Sha256
+    role: Literal["runtime", "reference"]
+
+
+class Deployed(Frozen):
+    """What was put on the device.
+
+    Attributes:
+        model: the source model's name, absent where it was not recorded.
+        recipe_name: e.g. `w4g32-boa`.
+        recipe: the effective recipe, every field.
+        runtime: e.g. `onnx`.
+        activations: what the bundle asks the runtime to compute with.
+        runtime_size: all files that a device needs.
+        model_size: the graph and its weights.
+        original_size: the parameters of the unquantized model, where it was recorded.
+    """
+
+    bundle: str
+    model: str | None = None
+    recipe_name: str | None = None
+    recipe: dict[str, Any] | None = None
+    created_by: Any = None
+    runtime: str
+    activations: str
+    runtime_config: dict[str, Any]
+    runtime_size: Figure
+    model_size: Figure
+    original_size: Figure | None = None
+    files: tuple[BundleFile, ...]
+
+
+class DeviceFacts(Frozen):
+    """Where it ran: what the device says of itself, and exactly which programs ran."""
+
+    name: str
+    execution: Execution
+    fingerprint: dict[str, Any]
+    programs: dict[str, str]
+    commands: tuple[tuple[str, ...], ...]
+
+
+class Settings(Frozen):
+    """The effective settings. `workload` names the lengths, e.g. `pp48/tg32`: 48 prompt tokens, 32 generated."""
+
+    workload: str
+    threads: Annotated[int, Field(ge=1)]
+    warmup: Count
+    repeats: Annotated[int, Field(ge=1)]
+    prompt_tokens: Annotated[int, Field(ge=1)]
+    new_tokens: Annotated[int, Field(ge=1)]
+    score_tokens: Annotated[int, Field(ge=2)]
+
+
+class Scores(Frozen):
+    """One model on the reference text. `quantized` is the PyTorch model with the bundle's weights."""
+
+    perplexity: Figure
+    kl_from_original: Figure | None = None
+    kl_from_quantized: Figure | None = None
+    top1_with_original: Figure | None = None
+    top1_with_quantized: Figure | None = None
+    max_logit_error_from_quantized: Figure | None = None
+
+
+class Fidelity(Frozen):
+    """The three models on the same tokens, teacher-forced."""
+
+    positions: Count
+    original: Scores
+    quantized: Scores
+    deployed: Scores
+
+
+class Continuation(Frozen):
+    """What one model made of the prompt."""
+
+    tokens: tuple[TokenId, ...]
+    text: str | None = None
+
+
+class GreedyMatch(Frozen):
+    """Two greedy continuations, token by token.
+
+    Attributes:
+        compared: tokens that both have.
+        matching: of them, equal at the same place.
+        first_divergence: the place (from 0) of the first difference, absent where there is none.
+    """
+
+    compared: Count
+    matching: Count
+    first_divergence: Count | None = None
+
+
+class GreedyGeneration(Frozen):
+    """Greedy continuations of one prompt.
+
+    Attributes:
+        repeatable: every run on the device gave the same tokens.
+        divergence_margin: at the first divergence from the quantized model, by how much the device's logit of its own
+            token exceeds that of the token it should have chosen.
+    """
+
+    prompt: Continuation
+    original: Continuation
+    quantized: Continuation
+    deployed: Continuation
+    against_original: GreedyMatch
+    against_quantized: GreedyMatch
+    repeatable: bool
+    divergence_margin: Figure | None = None
+
+
+class Speed(Frozen):
+    """Times and speeds, warm-ups left out. Percentiles are nearest-rank; the tokens after the first count."""
+
+    load_time: Figure
+    time_to_first_token: Figure
+    prefill_speed: Figure
+    decode_speed: Figure
+    token_time_p50: Figure
+    token_time_p95: Figure
+
+
+class Memory(Frozen):
+    """Of the process that generated."""
+
+    peak_rss: Figure
+    rss: Figure
+
+
+class RunSamples(Frozen):
+    """One generation run: nanoseconds of the prompt with the first token, and of each token after it."""
+
+    run: Count
+    warmup: bool
+    prefill_ns: Count
+    token_ns: tuple[Count, ...]
+    tokens: tuple[TokenId, ...]
+
+
+class Samples(Frozen):
+    """The raw samples behind every time, all in nanoseconds, warm-ups among them."""
+
+    unit: Literal["ns"] = "ns"
+    execution: Execution
+    load_ns: tuple[Count, ...]
+    score_ns: Count | None = None
+    runs: tuple[RunSamples, ...]
+
+
+class SourceFacts(Frozen):
+    """The unquantized model's files, with their SHA-256."""
+
+    model: str | None = None
+    files: dict[str, Sha256]
+
+
+class TextFacts(Frozen):
+    """A text that was used: its name, and how much of it."""
+
+    source: str | None = None
+    tokens: Count | None = None
+    sequences: Count | None = None
+    sequence_length: Count | None = None
+    seed: int | None = None
+
+
+class LayerError(Frozen):
+    """One quantized linear layer, by its name in the model."""
+
+    name: str
+    method: str | None = None
+    bits: Count | None = None
+    group_size: Count | None = None
+    loss: Figure | None = None
+    relative_loss: Figure | None = None
+    seconds: Figure | None = None
+
+
+class MethodRow(Frozen):
+    """One method of quantization, evaluated in PyTorch on the evaluation text."""
+
+    method: str
+    recipe: str | None = None
+    perplexity: Figure | None = None
+    kl: Figure | None = None
+    top1: Figure | None = None
+    payload_size: Figure | None = None
+    seconds: Figure | None = None
+    peak_memory: Figure | None = None
+
+
+class Quantization(Frozen):
+    """How the weights came to be. Whatever is absent was not recorded."""
+
+    method: str | None = None
+    seed: int | None = None
+    seconds: Figure | None = None
+    peak_memory: Figure | None = None
+    versions: dict[str, str]
+    source: SourceFacts
+    calibration: TextFacts
+    evaluation: TextFacts
+    comparison: tuple[MethodRow, ...]
+    layers: tuple[LayerError, ...]
+
+
+class Report(Frozen):
+    """A measured bundle. `as_dict` is `report.json`."""
+
+    schema_version: Literal[1] = 1
+    created: str
+    tool: Tool
+    deployed: Deployed
+    device: DeviceFacts
+    settings: Settings
+    fidelity: Fidelity
+    generation: GreedyGeneration
+    speed: Speed
+    memory: Memory
+    samples: Samples
+    quantization: Quantization
+    reproduce: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; what was not recorded is absent."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def summary(self) -> dict[str, Any]:
+        """The main figures, flat and JSON-ready: one line on a terminal."""
+        scores = self.fidelity.deployed
+        figures = {
+            "size": self.deployed.runtime_size,
+            "perplexity": scores.perplexity,
+            "kl": scores.kl_from_original,
+            "top1": scores.top1_with_original,
+            "kl_from_quantized": scores.kl_from_quantized,
+            "top1_with_quantized": scores.top1_with_quantized,
+            "max_logit_error": scores.max_logit_error_from_quantized,
+            "load_time": self.speed.load_time,
+            "time_to_first_token": self.speed.time_to_first_token,
+            "prefill_speed": self.speed.prefill_speed,
+            "decode_speed": self.speed.decode_speed,
+            "token_time_p50": self.speed.token_time_p50,
+            "token_time_p95": self.speed.token_time_p95,
+            "peak_rss": self.memory.peak_rss,
+        }
+        match = self.generation.against_quantized
+        return {
+            "model": self.deployed.model,
+            "recipe": self.deployed.recipe_name,
+            "runtime": self.deployed.runtime,
+            "device": self.device.name,
+            "execution": self.device.execution,
+            "workload": self.settings.workload,
+            "greedy_matching": {"matching": match.matching, "compared": match.compared},
+            **{
+                name: entry.model_dump(mode="json", exclude={"note"}, exclude_none=True)
+                for name, entry in figures.items()
+                if entry is not None
+            },
+        }

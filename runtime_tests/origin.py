@@ -1,0 +1,59 @@
+"""The provenance as it stands in a report: every number a figure with its unit. All of it was measured in PyTorch."""
+
+from __future__ import annotations
+
+from runtime_tests.figure import Figure, figure
+from runtime_tests.model import LayerError, MethodRow, Quantization, SourceFacts, TextFacts
+from runtime_tests.provenance import Compared, Layer, Provenance
+
+_MEGABYTE = 1_000_000
+
+
+def quantization(provenance: Provenance) -> Quantization:
+    """How the weights came to be."""
+    calibration, evaluation = provenance.calibration, provenance.evaluation
+    return Quantization(
+        method=provenance.method,
+        seed=provenance.seed,
+        seconds=_known(provenance.seconds, "s"),
+        peak_memory=_megabytes(provenance.peak_mb),
+        versions=provenance.versions,
+        source=SourceFacts(model=provenance.source.model, files=provenance.source.files),
+        calibration=TextFacts(**calibration.model_dump()),
+        evaluation=TextFacts(**evaluation.model_dump()),
+        comparison=tuple(_row(row) for row in provenance.comparison),
+        layers=tuple(_layer(layer) for layer in provenance.layers),
+    )
+
+
+def _row(row: Compared) -> MethodRow:
+    return MethodRow(
+        method=row.method,
+        recipe=row.recipe,
+        perplexity=_known(row.perplexity, "per token"),
+        kl=_known(row.kl, "nats/token"),
+        top1=_known(row.top1, "fraction"),
+        payload_size=_known(row.payload_bytes, "bytes"),
+        seconds=_known(row.seconds, "s"),
+        peak_memory=_megabytes(row.peak_mb),
+    )
+
+
+def _layer(layer: Layer) -> LayerError:
+    return LayerError(
+        name=layer.name,
+        method=layer.method,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        loss=_known(layer.loss, "squared error"),
+        relative_loss=_known(layer.relative_loss, "relative squared error"),
+        seconds=_known(layer.seconds, "s"),
+    )
+
+
+def _known(value: float | None, unit: str) -> Figure | None:
+    return None if value is None else figure(value, unit, "measured")
+
+
+def _megabytes(value: float | None) -> Figure | None:
+    return None if value is None else figure(round(value * _MEGABYTE), "bytes", "measured")

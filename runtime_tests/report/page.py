@@ -1,0 +1,106 @@
+"""The page: the template with the report, its charts and the filters that the template uses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from runtime_tests.labels import label, method_name, number, show, show_bytes, show_value, visible
+from runtime_tests.model import Continuation, Report
+from runtime_tests.report.charts import layer_strip, size_against_kl, token_times
+from runtime_tests.report.layers import grid
+
+_DIRECTORY = Path(__file__).parent
+
+
+def render(report: Report) -> str:
+    """The report as one HTML document: no script, no request to anywhere.
+
+    Everything in it is escaped, and characters that could hide or reorder text are spelled out: names come from
+    files, and texts from a model.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(_DIRECTORY),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        show=show,
+        show_value=show_value,
+        bytes=show_bytes,
+        number=number,
+        method=method_name,
+        flat=flatten,
+        breakable=breakable,
+    )
+    environment.globals["label"] = partial(label, execution=report.device.execution)
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        style=Markup((_DIRECTORY / "report.css").read_text(encoding="utf-8")),
+        charts={
+            "methods": size_against_kl(report.quantization.comparison),
+            "layers": layer_strip(report.quantization.layers),
+            "tokens": token_times(report),
+        },
+        cells=grid(report.quantization.layers),
+        recipe=_yaml(report.deployed.recipe),
+        split=partial(split_text, report),
+    )
+
+
+def split_text(report: Report, continuation: Continuation) -> tuple[str, str]:
+    """A continuation's text up to where it leaves the quantized model's, and from there on.
+
+    Decoding is not always additive over tokens, so the border is the last space that both texts have in common.
+    """
+    text, other = continuation.text or "", report.generation.quantized.text or ""
+    length = min(len(continuation.tokens), len(report.generation.quantized.tokens))
+    if continuation.tokens[:length] == report.generation.quantized.tokens[:length]:
+        return text, ""
+    common = next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), len(other))
+    while common and not text[common - 1 : common].isspace():
+        common -= 1
+    return text[:common], text[common:]
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may be broken after a slash, a dot, a hyphen or an underscore."""
+    return Markup(re.sub(r"([/._-])", r"\1<wbr>", str(escape(visible(name)))))
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested facts as (dotted name, text) rows."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{prefix}[{index}]")
+    elif isinstance(value, list | tuple):
+        yield prefix, " ".join(map(str, value)) or "none"
+    elif value is None:
+        yield prefix, "unavailable"
+    elif isinstance(value, bool):
+        yield prefix, "yes" if value else "no"
+    else:
+        yield prefix, str(value)
+
+
+def _yaml(document: Mapping[str, Any] | None) -> str | None:
+    if document is None:
+        return None
+    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _finalize(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value

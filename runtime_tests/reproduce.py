@@ -1,0 +1,24 @@
+"""The commands that lead to the same report."""
+
+from __future__ import annotations
+
+import shlex
+
+from runtime_tests.model import Deployed, Settings
+from runtime_tests.provenance import Provenance
+
+
+def commands(deployed: Deployed, provenance: Provenance, settings: Settings, device: str) -> tuple[str, ...]:
+    """Shell lines: quantize, export, measure. Paths to choose stand in capitals, and what was not recorded."""
+    quantize = ["boa-edge", "quantize", provenance.source.model or "MODEL"]
+    quantize += ["--recipe", "BUNDLE/reference/recipe.yaml"]
+    if provenance.calibration.source:
+        quantize += ["--calibration", provenance.calibration.source]
+    measure = ["boa-edge", "measure", "BUNDLE", "--device", device]
+    for name in ("threads", "warmup", "repeats", "new_tokens", "score_tokens"):
+        measure += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    return (
+        shlex.join([*quantize, "-o", "CHECKPOINT"]),
+        shlex.join(["boa-edge", "export", "CHECKPOINT", "--runtime", deployed.runtime, "-o", "BUNDLE"]),
+        shlex.join([*measure, "-o", "REPORT"]),
+    )

@@ -1,0 +1,52 @@
+"""The report in a real browser, at desktop and at phone width."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import find_chromium, measure_page, take_screenshot
+from conftest import Made
+from PIL import Image
+
+SKIP = "BOA_EDGE_SKIP_BROWSER"
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(os.environ.get(SKIP)), reason=f"{SKIP} is set: the report is not opened in a browser"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _browser() -> None:
+    assert find_chromium(), f"Chromium is not installed: run `make setup` as root, or set {SKIP}=1 to leave this out"
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("kind", ["emulated", "measured", "hostile"])
+def test_page_fits_its_window_and_asks_nobody(kind: str, width: int, request: pytest.FixtureRequest) -> None:
+    made: Made = request.getfixturevalue(kind)
+    page = measure_page(made.directory / "report.html", width)
+    assert page.inner == width
+    assert page.scroll <= width
+    assert page.clipped == []
+    assert page.requests == []
+    assert page.labels == [], "texts that reach out of their chart"
+    assert page.touching == [], "texts that overlap in a chart"
+    assert page.smallest >= 9.5
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, False), (360, True)])
+def test_screenshot_shows_a_page(emulated: Made, tmp_path: Path, width: int, dark: bool) -> None:
+    target = tmp_path / "page.png"
+    take_screenshot(emulated.directory / "report.html", width, 1400, target, dark=dark)
+    with Image.open(target) as image:
+        pixels = np.asarray(image.convert("L"))[:, :width]
+    assert pixels.shape == (1400, width)
+    assert pixels.std() > 10
+    assert len(np.unique(pixels)) > 50
+    assert (np.median(pixels) < 80) == dark
+    for band in np.array_split(pixels, 7):
+        assert band.std() > 3, "an empty stretch of page"
