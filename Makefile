@@ -1,0 +1,47 @@
+# boa-edge: every target sets up what it needs first.
+#   make export DEVICE=arm64 MODEL=<dir | hub id | file.gguf> RECIPE=<name | file> OUT=<dir>
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export test lint bench clean
+SHELL := /bin/sh
+
+# The first Python from 3.11 on; PYTHON=... chooses another.
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+endif
+BIN := .venv/bin
+
+DEVICE ?= arm64
+MODEL ?= default
+RUNTIME ?= onnx
+# The shell reads these from its environment, so that any character may stand in a path.
+export DEVICE MODEL RECIPE RUNTIME OUT CALIBRATION BUNDLE PYTEST_ARGS
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: ## .venv, system packages, the ARM64 library and the runners; a second run does nothing
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" scripts/setup.py
+
+export: setup ## quantize, lower, run on DEVICE (default arm64) and report; MODEL, RECIPE, RUNTIME, OUT, CALIBRATION
+	@$(BIN)/boa-edge run --model "$$MODEL" --device "$$DEVICE" --runtime "$$RUNTIME" \
+		$${RECIPE:+--recipe "$$RECIPE"} $${OUT:+--out "$$OUT"} $${CALIBRATION:+--calibration "$$CALIBRATION"}
+
+test: ## everything the tests need, then all tests (PYTEST_ARGS adds to them)
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" scripts/setup.py --tests
+	@PATH="$${BOA_EDGE_CACHE:-$(CURDIR)/.cache}/system/chromium/bin:$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## measure BUNDLE (as make export leaves it) on DEVICE again; OUT
+	@test -n "$$BUNDLE" || { echo "make: name a bundle: make bench BUNDLE=<dir> DEVICE=$(DEVICE) OUT=<dir>" >&2; exit 2; }
+	@$(BIN)/boa-edge measure "$$BUNDLE" --device "$$DEVICE" -o "$${OUT:-out/bench-$$DEVICE}"
+
+clean: ## what was built and fetched here: .venv, .cache, out
+	rm -rf .venv .cache out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
