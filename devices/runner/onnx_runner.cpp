@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -333,10 +334,10 @@ void run(int argc, char** argv) {
     } else {
         score(decoder, arguments, tokens);
     }
-    Event("memory")
-        .add("peak_rss_bytes", boa::status_bytes("VmHWM"))
-        .add("rss_bytes", boa::status_bytes("VmRSS"))
-        .send();
+    const std::optional<std::int64_t> resident = boa::status_bytes("VmRSS");
+    std::optional<std::int64_t> peak = boa::status_bytes("VmHWM");
+    if (peak && resident && *peak < *resident) peak = resident;  // the kernel sums them up at different moments
+    Event("memory").add("peak_rss_bytes", peak).add("rss_bytes", resident).send();
 }
 
 }  // namespace

@@ -119,7 +119,7 @@ def write_bundle(directory: Path, model: onnx.ModelProto | None = None, *, exter
     """The model, `runtime.json` and `manifest.json`, as `export` leaves them."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "model.onnx"
-    options = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0} if external else {}
+    options = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 256} if external else {}
     onnx.save(model or build_model(), path, **options)
     runtime = {
         "schema_version": 1,
