@@ -88,7 +88,7 @@ def output_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         with disk_errors(target):
             yield temporary
-            temporary.chmod(0o755)
+            _open_to_readers(temporary)
             if target.exists():
                 retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)) / "old"
                 target.rename(retired)
@@ -98,3 +98,11 @@ def output_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
                 temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_to_readers(directory: Path) -> None:
+    """Give a finished directory the permissions that files made in the open would have."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (directory, *directory.rglob("*")):
+        path.chmod((0o777 if path.is_dir() or os.access(path, os.X_OK) else 0o666) & ~umask)

@@ -31,7 +31,7 @@ class FakeQuantized:
         return output.logits
 
     def greedy(self, prompt: Tensor, count: int) -> Tensor:
-        """`count` tokens after `prompt` int64 [length], each the most likely next one; does not stop at an end token."""
+        """`count` most likely next tokens after `prompt` int64 [length]; an end token does not stop it."""
         cache, tokens, chosen = None, prompt[None], []
         with torch.inference_mode():
             for _ in range(count):

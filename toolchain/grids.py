@@ -26,8 +26,10 @@ from toolchain.quantized import QuantizedWeight, code_range
 Rounding = Callable[[Tensor], Tensor]
 ScaleSearch = Literal["minmax", "squared_error", "hessian"]
 
-_COARSE = tuple(1.0 - 0.05 * step for step in range(17))  # 1.00 ... 0.20 of the range
-_FINE = (-0.03, -0.015, 0.015, 0.03)
+# The fewer the levels, the more of the range it can pay to clip: how far the search shrinks it.
+_SMALLEST_SHRINK = {2: 0.3, 3: 0.5, 4: 0.6, 8: 0.95}
+_COARSE_STEP = 0.05
+_FINE = (-0.025, 0.025)
 _SMALLEST_SCALE = 2.0**-100
 
 
@@ -109,8 +111,10 @@ def find_grid(weight: Tensor, fmt: GridFormat, search: ScaleSearch, hessian: Ten
         return Grid(best_scale, best_zero, fmt)
     best = _score(grouped, best_scale, best_zero, fmt.bits, blocks)
     best_shrink = torch.ones_like(low)
-    for steps in (_COARSE, _FINE):
-        centre = best_shrink.clone() if steps is _FINE else torch.zeros_like(low)
+    count = round((1 - _SMALLEST_SHRINK[fmt.bits]) / _COARSE_STEP) + 1
+    coarse = tuple(1 - _COARSE_STEP * step for step in range(count))
+    for steps in (coarse, _FINE):
+        centre = best_shrink if steps is _FINE else torch.zeros_like(low)
         for step in steps:
             shrink = centre + step
             for scale, zero in _candidates(low, high, shrink, fmt):

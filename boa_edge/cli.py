@@ -1,0 +1,227 @@
+"""The `boa-edge` command: each stage by its name, and `run` for all of them.
+
+Progress and tables go to stderr; the last line of stdout is one compact JSON document. Exit codes: 0 done, 1 the work
+failed, 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from boa_edge import __version__
+from boa_edge.errors import BoaEdgeError
+from boa_edge.progress import say
+from boa_edge.quiet import quiet_libraries, quiet_transformers
+
+app = typer.Typer(
+    name="boa-edge",
+    help="Quantize a language model with BoA, lower it bit for bit to a phone runtime, measure what was deployed.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="`default`, a Hugging Face directory, a hub id, or a .gguf file.")
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help="A YAML file, or a name: w<bits>[g<group>][asym]-<rtn|gptq|boa>.")
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option("--calibration", help="A text file, a data set (wikitext2, c4), or `self`: text the model writes."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")]
+CompareOption = Annotated[
+    str, typer.Option("--compare", help="Other methods to run beside it for the report, such as rtn,gptq; or none.")
+]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="The runtime to lower to: onnx.")]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option("--activations", help="How the runtime computes with activations: int8 (default, fast) or float32."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="A device's name (`boa-edge devices`) or profile file.")]
+OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")]
+
+
+def _finish(document: dict[str, Any]) -> None:
+    print(json.dumps(document, separators=(",", ":"), ensure_ascii=False), flush=True)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    output: OutputOption,
+    recipe: RecipeOption = "w4g32-boa",
+    calibration: CalibrationOption = None,
+    compare: CompareOption = "none",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Model in, quantized checkpoint out."""
+    from toolchain.quantize import quantize as stage
+
+    quiet_transformers()
+    result = stage(model, output, recipe=recipe, calibration=calibration, compare=_names(compare), overwrite=overwrite)
+    _finish(result.as_dict())
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A quantized checkpoint directory.")],
+    output: OutputOption,
+    runtime: RuntimeOption = "onnx",
+    activations: ActivationsOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Quantized checkpoint in, a bundle that the runtime loads out."""
+    from exporters import export as stage
+
+    quiet_transformers()
+    _finish(stage(checkpoint, runtime, output, activations=activations, overwrite=overwrite).as_dict())
+
+
+@app.command()
+def measure(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")],
+    output: OutputOption,
+    device: DeviceOption = "arm64",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default 1).")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Runs that are not counted.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Counted runs.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to generate per run.")] = None,
+    score_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to score for the accuracy figures.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Run a bundle on a device: report.json and report.html."""
+    from runtime_tests import measure as stage
+
+    quiet_transformers()
+    chosen = {
+        "threads": threads,
+        "warmup": warmup,
+        "repeats": repeats,
+        "new_tokens": new_tokens,
+        "score_tokens": score_tokens,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    report = stage(bundle, device, output, overwrite=overwrite, **given)
+    _finish(report.summary())
+
+
+@app.command()
+def evaluate(
+    subject: Annotated[str, typer.Argument(metavar="MODEL|CKPT|BUNDLE", help="Any stage's output.")],
+    text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file that calibrated nobody.")],
+    reference: Annotated[str | None, typer.Option("--reference", help="A model to measure the KL against.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read at most.")] = 24576,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
+) -> None:
+    """Perplexity, mean KL to the reference, top-1 agreement."""
+    from runtime_tests.evaluate import evaluate as stage
+
+    quiet_transformers()
+    _finish(stage(subject, text, reference=reference, tokens=tokens, sequence_length=seq_len).as_dict())
+
+
+@app.command()
+def devices() -> None:
+    """The devices it knows, and which are usable now, and why not."""
+    from boa_edge.tables import print_devices
+    from devices import list_devices
+
+    rows = list_devices()
+    print_devices(rows)
+    _finish(
+        {
+            "devices": [
+                {
+                    "name": row.name,
+                    "description": row.description,
+                    "execution": row.execution,
+                    "usable": row.usable,
+                    "missing": list(row.missing),
+                }
+                for row in rows
+            ]
+        }
+    )
+
+
+@app.command()
+def run(
+    output: OutputOption,
+    model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
+    recipe: RecipeOption = "w4g32-boa",
+    runtime: RuntimeOption = "onnx",
+    device: DeviceOption = "arm64",
+    calibration: CalibrationOption = None,
+    compare: CompareOption = "rtn,gptq",
+    activations: ActivationsOption = None,
+) -> None:
+    """All stages: OUTPUT/checkpoint, OUTPUT/bundle, OUTPUT/report. Finished stages of the same request are kept."""
+    from boa_edge.pipeline import run_all
+
+    quiet_transformers()
+    _finish(
+        run_all(
+            output,
+            model=model,
+            recipe=recipe,
+            runtime=runtime,
+            device=device,
+            calibration=calibration,
+            compare=_names(compare),
+            activations=activations,
+        )
+    )
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return () if value in ("", "none") else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+_state = {"debug": False}
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code."""
+    quiet_libraries()
+    try:
+        app()
+    except BoaEdgeError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except MemoryError:
+        _fail("out of memory. Use a smaller model, or fewer or shorter calibration sequences", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if _state["debug"]:
+        traceback.print_exc()
+    say(f"error: {message}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

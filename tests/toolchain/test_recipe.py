@@ -1,0 +1,75 @@
+"""Recipes by name and by file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from boa_edge.errors import UsageError
+from toolchain.recipe import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group", "symmetric", "method"),
+    [
+        ("w4g32-boa", 4, 32, True, "boa"),
+        ("w3asym-gptq", 3, None, False, "gptq"),
+        ("w2asym-rtn", 2, None, False, "rtn"),
+        ("w8-rtn", 8, None, True, "rtn"),
+        ("w2g64asym-boa", 2, 64, False, "boa"),
+    ],
+)
+def test_a_name_reads_as_what_it_does(name: str, bits: int, group: int | None, symmetric: bool, method: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.weights.bits, recipe.weights.group_size) == (bits, group)
+    assert (recipe.weights.symmetric, recipe.method, recipe.name) == (symmetric, method, name)
+
+
+def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(load_recipe("w3asym-gptq").to_yaml())
+    assert load_recipe(str(path)) == load_recipe("w3asym-gptq")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w5-boa", "weights.bits: Input should be 2, 3, 4 or 8"),
+        ("w4g8-boa", "weights.group_size: Input should be greater than or equal to 16"),
+        ("w4g32-boo", "method 'boo' is unknown; accepted: rtn, gptq, boa"),
+        ("w4g32-boa-smooth", "no transform 'smooth' in this version"),
+        ("w4g32a8-boa", "cannot be simulated yet"),
+        ("q4_k_m", "unknown recipe 'q4_k_m'. A recipe is a YAML file or a name: w<bits>"),
+        ("missing.yaml", "no such recipe file"),
+    ],
+)
+def test_a_bad_name_says_what_is_accepted(name: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(name)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: boa\nweights: {bits: 4, group: 32}", "unknown key 'weights.group', did you mean 'group_size'?"),
+        ("method: boa\nwieghts: {bits: 4}", "unknown key 'wieghts', did you mean 'weights'?"),
+        ("method: boa\nweights: {bits: 4}\ncalibration: {seqs: 3}", "unknown key 'calibration.seqs'"),
+        ("method: boa", "weights is missing"),
+        ("method: boa\nweights: {bits: '4'}", "weights.bits"),
+        ("method: boa\nweights: {bits: 4}\ndamping: -1", "damping: Input should be greater than 0, found -1"),
+        ("method: rtn\nweights: {bits: 4}\nscale_search: hessian", "needs statistics"),
+        ("- boa", "a mapping of fields is expected"),
+        ("method: [boa", "is not valid YAML"),
+    ],
+)
+def test_a_bad_file_names_the_field(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(str(path))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
