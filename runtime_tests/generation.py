@@ -66,7 +66,7 @@ def notes(greedy: GreedyGeneration, fidelity: Fidelity, activations: str) -> lis
     kl = scores.kl_from_quantized
     if kl is not None and kl.number is not None:
         cause = (
-            "The runtime computes with int8 activations, the PyTorch model with float32"
+            "The bundle has the runtime compute with int8 activations, the PyTorch model computes with float32"
             if activations == "int8"
             else f"Both compute with {activations} activations"
         )
