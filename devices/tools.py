@@ -31,6 +31,7 @@ class Tool:
         target: where the program stands in the unpacked package, if not `usr/bin/PROGRAM`.
         arguments: words that the unpacked program needs first; `$root` is where it was unpacked.
         environment: variables likewise.
+        files: further files below `$root`, for what the package's own scripts would have set up.
     """
 
     key: str
@@ -40,7 +41,17 @@ class Tool:
     target: str = ""
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
 
+
+_FONTS = """<?xml version="1.0"?>
+<!DOCTYPE fontconfig SYSTEM "fonts.dtd">
+<fontconfig>
+  <dir prefix="relative">usr/share/fonts</dir>
+  <dir>/usr/share/fonts</dir>
+  <cachedir prefix="xdg">fontconfig</cachedir>
+</fontconfig>
+"""
 
 QEMU = Tool(
     "qemu",
@@ -63,7 +74,8 @@ CHROMIUM = Tool(
     "chromium",
     "the browser that the tests open the report in",
     target="usr/lib/chromium/chromium",
-    environment=(("FONTCONFIG_PATH", "$root/etc/fonts"), ("FONTCONFIG_SYSROOT", "$root")),
+    environment=(("FONTCONFIG_FILE", "$root/fonts.conf"),),
+    files=(("fonts.conf", _FONTS),),
 )
 
 SETUP_TOOLS = (HOST, CROSS, QEMU)
@@ -154,7 +166,7 @@ def _library_directories(root: Path) -> list[str]:
     found = []
     for pattern in ("lib/*-linux-gnu*", "usr/lib/*-linux-gnu*", "usr/lib/*-linux-gnu*/*"):
         for directory in sorted(root.glob(pattern)):
-            if directory.is_dir() and any(directory.glob("lib*.so.*")):
+            if directory.is_dir() and any(directory.glob("lib*.so*")):
                 found.append(str(directory.relative_to(root)))
     return found
 
@@ -164,6 +176,8 @@ def _write_wrapper(tool: Tool, directory: Path) -> None:
     program = tool.target or f"usr/bin/{tool.programs[0]}"
     if not (root / program).exists():
         raise apt.AptError(f"package {tool.package} does not carry {program}")
+    for name, content in tool.files:
+        (root / name).write_text(content, encoding="utf-8")
     libraries = ":".join(f"$root/{item}" for item in _library_directories(root))
     lines = [
         "#!/bin/sh",
