@@ -50,7 +50,7 @@ class Deployed(Frozen):
     model: str | None = None
     recipe_name: str | None = None
     recipe: dict[str, Any] | None = None
-    created_by: Any = None
+    created_by: dict[str, str]
     runtime: str
     activations: str
     runtime_config: dict[str, Any]
@@ -195,6 +195,7 @@ class TextFacts(Frozen):
     sequences: Count | None = None
     sequence_length: Count | None = None
     seed: int | None = None
+    sha256: Sha256 | None = None
 
 
 class LayerError(Frozen):
@@ -233,6 +234,7 @@ class Quantization(Frozen):
     source: SourceFacts
     calibration: TextFacts
     evaluation: TextFacts
+    evaluation_overlaps_calibration: bool | None = None
     comparison: tuple[MethodRow, ...]
     layers: tuple[LayerError, ...]
 

@@ -20,10 +20,21 @@ def quantization(provenance: Provenance) -> Quantization:
         versions=provenance.versions,
         source=SourceFacts(model=provenance.source.model, files=provenance.source.files),
         calibration=TextFacts(**calibration.model_dump()),
-        evaluation=TextFacts(**evaluation.model_dump()),
-        comparison=tuple(_row(row) for row in provenance.comparison),
+        evaluation=TextFacts(
+            source=evaluation.source, tokens=evaluation.tokens, sequence_length=evaluation.sequence_length
+        ),
+        evaluation_overlaps_calibration=evaluation.overlaps_calibration,
+        comparison=tuple(_row(row) for row in _with_original(provenance)),
         layers=tuple(_layer(layer) for layer in provenance.layers),
     )
+
+
+def _with_original(provenance: Provenance) -> tuple[Compared, ...]:
+    """The rows, the original first: from its own row, or from its perplexity alone."""
+    rows, perplexity = provenance.comparison, provenance.evaluation.original_perplexity
+    if not rows or perplexity is None or any(row.method == "original" for row in rows):
+        return rows
+    return (Compared(method="original", perplexity=perplexity, kl=0.0, top1=1.0), *rows)
 
 
 def _row(row: Compared) -> MethodRow:

@@ -43,14 +43,20 @@ class Calibration(_Part):
     sequence_length: Count | None = None
     tokens: Count | None = None
     seed: int | None = None
+    sha256: Sha256 | None = None
 
 
 class Evaluation(_Part):
-    """The text on which the comparison was made."""
+    """The text on which the comparison was made, and the original's perplexity on it.
+
+    `overlaps_calibration`: the quantizer has seen it, so the errors on it are optimistic.
+    """
 
     source: str | None = None
     tokens: Count | None = None
     sequence_length: Count | None = None
+    overlaps_calibration: bool | None = None
+    original_perplexity: OptionalNumber = None
 
 
 class Layer(_Part):
@@ -85,6 +91,7 @@ class Provenance(_Part):
     calibration: Calibration = Calibration()
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int | None = None
+    recipe: str | None = None
     method: str | None = None
     layers: tuple[Layer, ...] = ()
     comparison: tuple[Compared, ...] = ()

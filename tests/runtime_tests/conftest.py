@@ -2,34 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import pytest
-from report_fakes import make_bundle, make_device, provenance
-
-from runtime_tests import Report, measure
-
-HOSTILE = "<script>alert(1)</script><img/src=x>&\u202e'\""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A written report."""
-
-    report: Report
-    directory: Path
-
-    @property
-    def html(self) -> str:
-        return (self.directory / "report.html").read_text(encoding="utf-8")
-
-
-def make(directory: Path, *, bundle: dict[str, Any] | None = None, **device: Any) -> Made:
-    """Measure a fake bundle on a fake device into `directory`/report."""
-    path = make_bundle(directory / "bundle", **{"origin": provenance(), **(bundle or {})})
-    return Made(measure(path, make_device(**device), directory / "report"), directory / "report")
+from report_fakes import HOSTILE, Made, make, make_device, provenance
 
 
 @pytest.fixture(scope="session")

@@ -10,16 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from boa_edge.files import sha256_file
 from devices.contract import Event, Execution, GenerateRequest, RunResult, ScoreRequest
+from runtime_tests import Report, measure
 
 VOCABULARY = 64
 POSITIONS = 40
 PROMPT = 8
 GREEDY = 32
+RECIPE = {
+    "method": "boa",
+    "weights": {"bits": 4, "group_size": 32, "symmetric": True},
+    "embedding": {"bits": 8, "group_size": 32},
+    "scale_search": "hessian",
+    "round_scales": True,
+    "damping": 0.01,
+    "calibration": {"sequences": 64, "sequence_length": 512, "held_out_sequences": 8},
+    "seed": 0,
+}
+HOSTILE = "<script>alert(1)</script><img/src=x>&\u202e'\""
 BLOCKS = 30
 PROJECTIONS = (
     "self_attn.q_proj",
@@ -141,7 +154,7 @@ def make_bundle(
     write_tokenizer(path / "tokenizer.json", words(hostile))
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     save_file(tensors or reference_tensors(), reference / "reference.safetensors")
-    (reference / "recipe.yaml").write_text("name: w4g32-boa\nbits: 4\ngroup_size: 32\nmethod: boa\nsymmetric: true\n")
+    (reference / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     if origin is not None:
         (reference / "provenance.json").write_text(json.dumps(origin))
     write_manifest(path)
@@ -172,7 +185,7 @@ def write_manifest(path: Path) -> None:
         if file.is_file() and name != "manifest.json":
             role = "reference" if name.startswith("reference/") else "runtime"
             files[name] = {"size": file.stat().st_size, "sha256": sha256_file(file), "role": role}
-    manifest = {"schema_version": 1, "created_by": "boa-edge 0.1.0", "recipe": "w4g32-boa", "files": files}
+    manifest = {"schema_version": 1, "created_by": {"boa-edge": "0.1.0"}, "recipe": RECIPE, "files": files}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -262,3 +275,21 @@ def make_device(**changes: Any) -> FakeDevice:
     greedy[26:] = (greedy[26:] + 2) % VOCABULARY
     logits = (tensors["quantized_logits"] + noise).astype(np.float32)
     return FakeDevice(**{"logits": logits, "greedy": greedy, **changes})
+
+
+@dataclass(frozen=True)
+class Made:
+    """A written report."""
+
+    report: Report
+    directory: Path
+
+    @property
+    def html(self) -> str:
+        return (self.directory / "report.html").read_text(encoding="utf-8")
+
+
+def make(directory: Path, *, bundle: dict[str, Any] | None = None, **device: Any) -> Made:
+    """Measure a fake bundle on a fake device into `directory`/report."""
+    path = make_bundle(directory / "bundle", **{"origin": provenance(), **(bundle or {})})
+    return Made(measure(path, make_device(**device), directory / "report"), directory / "report")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import find_chromium, measure_page, take_screenshot
-from conftest import Made
 from PIL import Image
+from report_browser import find_chromium, measure_page, take_screenshot
+from report_fakes import Made
 
 SKIP = "BOA_EDGE_SKIP_BROWSER"
 

@@ -11,8 +11,17 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from conftest import Made, make
-from report_fakes import GREEDY, POSITIONS, make_bundle, make_device, provenance, reference_tensors, write_manifest
+from report_fakes import (
+    GREEDY,
+    POSITIONS,
+    Made,
+    make,
+    make_bundle,
+    make_device,
+    provenance,
+    reference_tensors,
+    write_manifest,
+)
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from devices.contract import Event, GenerateRequest, ScoreRequest
@@ -337,3 +346,28 @@ def test_summary_is_compact_json_with_labelled_figures(emulated: Made) -> None:
     assert summary["size"]["execution"] == "measured"
     assert {"perplexity", "top1", "decode_speed", "token_time_p95", "peak_rss"} <= set(summary)
     assert "latency" not in json.dumps(summary)
+
+
+def test_the_original_stands_first_even_without_a_row_of_its_own(tmp_path: Path) -> None:
+    origin = provenance()
+    origin["comparison"] = origin["comparison"][1:]
+    origin["evaluation"] |= {"original_perplexity": 28.8, "overlaps_calibration": True}
+    made = make(tmp_path, bundle={"origin": origin})
+    first = made.report.quantization.comparison[0]
+    assert (first.method, first.perplexity and first.perplexity.value) == ("original", 28.8)
+    assert first.payload_size is None
+    assert "has seen this text, so its errors here are optimistic" in made.html
+
+
+def test_the_recipe_has_a_name(tmp_path: Path, emulated: Made) -> None:
+    assert emulated.report.deployed.recipe_name == "w4g32-boa"
+    named = make(tmp_path, bundle={"origin": {**provenance(), "recipe": "w4g32-boa-rotate"}})
+    assert named.report.deployed.recipe_name == "w4g32-boa-rotate"
+
+
+def test_numbers_that_overflowed_are_not_recorded(tmp_path: Path) -> None:
+    origin = provenance()
+    origin["comparison"][1]["perplexity"] = float("inf")
+    row = make(tmp_path, bundle={"origin": origin}).report.quantization.comparison[1]
+    assert row.perplexity is None
+    assert row.kl is not None

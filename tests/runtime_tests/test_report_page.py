@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import HOSTILE, Made, make
-from report_fakes import provenance
+from report_fakes import HOSTILE, Made, make, provenance
 from rich.console import Console
 
 from runtime_tests import print_summary
