@@ -46,12 +46,19 @@ def install(packages: Sequence[str], log: Log) -> None:
 
 
 class PrivateApt:
-    """An apt state of our own below `directory`, for users who may not touch the system's."""
+    """An apt state of our own in `directory`, for users who may not touch the system's; removed after the block."""
 
     def __init__(self, directory: Path, log: Log) -> None:
         self._directory = directory
         self._log = log
         self._fresh = False
+
+    def __enter__(self) -> PrivateApt:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # The package lists are large and soon out of date.
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def unpack(self, packages: Sequence[str], destination: Path) -> None:
         """Download `packages` with everything that is not installed yet, and unpack all of it below `destination`."""

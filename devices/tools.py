@@ -133,8 +133,7 @@ def provide(tools: Sequence[Tool]) -> None:
 def _unpack(tools: Sequence[Tool]) -> None:
     base = system_directory()
     base.mkdir(parents=True, exist_ok=True)
-    with only_one(base / ".lock"):
-        private = apt.PrivateApt(base / "apt", say)
+    with only_one(base / ".lock"), apt.PrivateApt(base / ".apt", say) as private:
         for tool in tools:
             if find(tool) is not None:  # somebody else was faster
                 continue

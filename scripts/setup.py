@@ -112,7 +112,8 @@ def _fetch_wheel(cache: Path) -> Path:
         raise SetupError(f"this Python comes without pip, and there is no apt-get to fetch it with. {ask}")
     place = cache / "bootstrap"
     try:
-        apt.PrivateApt(place, say).unpack_only(["python3-pip-whl"], place / "root")
+        with apt.PrivateApt(place / "apt", say) as private:
+            private.unpack_only(["python3-pip-whl"], place / "root")
     except apt.AptError as error:
         raise SetupError(f"this Python comes without pip, and it cannot be fetched ({error}). {ask}") from None
     wheel = _find_wheel(place / "root" / "usr" / "share" / "python-wheels")
