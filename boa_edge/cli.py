@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,8 +42,9 @@ CompareOption = Annotated[
     str, typer.Option("--compare", help="Other methods to run beside it for the report, such as rtn,gptq; or none.")
 ]
 RuntimeOption = Annotated[str, typer.Option("--runtime", help="The runtime to lower to: onnx.")]
+Activations = Literal["int8", "float32"]
 ActivationsOption = Annotated[
-    str | None,
+    Activations | None,
     typer.Option("--activations", help="How the runtime computes with activations: int8 (default, fast) or float32."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="A device's name (`boa-edge devices`) or profile file.")]
@@ -155,7 +156,9 @@ def devices() -> None:
 
 @app.command()
 def run(
-    output: OutputOption,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
+    ] = None,
     model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
     recipe: RecipeOption = "w4g32-boa",
     runtime: RuntimeOption = "onnx",
@@ -170,7 +173,7 @@ def run(
     quiet_transformers()
     _finish(
         run_all(
-            output,
+            output or Path("out") / f"{Path(model).name.removesuffix('.gguf')}-{Path(recipe).stem}",
             model=model,
             recipe=recipe,
             runtime=runtime,

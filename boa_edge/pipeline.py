@@ -14,6 +14,7 @@ from boa_edge.files import disk_errors, sha256_file, write_json
 from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export
+from exporters.base import Activations
 from runtime_tests import measure
 from toolchain.quantize import quantize
 from toolchain.recipe import load_recipe
@@ -30,7 +31,7 @@ def run_all(
     device: str,
     calibration: str | None,
     compare: tuple[str, ...],
-    activations: str | None,
+    activations: Activations | None,
 ) -> dict[str, Any]:
     """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work."""
     chosen = load_recipe(recipe)

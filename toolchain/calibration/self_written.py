@@ -14,7 +14,7 @@ from transformers import StaticCache
 from boa_edge.progress import track
 from toolchain.loading import SourceModel
 
-_BATCH = 24
+_CACHE_BYTES = 2 << 30  # what the keys and values of one batch may take
 _WARM_TOKENS = 16
 _HOTTEST = 2.0
 
@@ -22,7 +22,10 @@ _HOTTEST = 2.0
 def write_text(source: SourceModel, count: int, length: int, seed: int) -> Tensor:
     """`count` sequences of `length` tokens that the model wrote, int64 [count, length]."""
     generator = torch.Generator().manual_seed(seed)
-    batches = [min(_BATCH, count - start) for start in range(0, count, _BATCH)]
+    spec = source.spec
+    per_sequence = length * spec.layers * spec.kv_heads * spec.head_dim * 2 * 4
+    size = max(1, min(count, _CACHE_BYTES // per_sequence))
+    batches = [min(size, count - start) for start in range(0, count, size)]
     steps = track(range(len(batches) * (length - 1)), "writing calibration text")
     rows = []
     for batch in batches:
