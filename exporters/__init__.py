@@ -1,0 +1,69 @@
+"""Lower a quantized checkpoint to a runtime. A new one is one package beside this file and one line in EXPORTERS."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from pathlib import Path
+
+from boa_edge.errors import UsageError
+from boa_edge.files import output_directory
+from boa_edge.progress import say
+from exporters import onnx
+from exporters.base import Activations, Exporter, ExportResult, Lowered
+from exporters.bundle import Bundle, copy_companions, write_manifest
+from toolchain.checkpoint import Checkpoint
+
+__all__ = ["EXPORTERS", "Activations", "Bundle", "ExportResult", "Exporter", "Lowered", "export"]
+
+EXPORTERS: dict[str, Exporter] = {"onnx": onnx.EXPORTER}
+
+
+def export(
+    checkpoint: Path,
+    runtime: str,
+    output: Path,
+    *,
+    activations: Activations | None = None,
+    overwrite: bool = False,
+) -> ExportResult:
+    """Lower a quantized checkpoint to a bundle that `runtime` loads (docs/contracts.md, "Bundle").
+
+    Args:
+        checkpoint: directory that `quantize` wrote; only its codes are read, never a float weight of a quantized layer.
+        runtime: a key of EXPORTERS.
+        output: the bundle's directory; whole or absent afterwards.
+        activations: precision of the inputs of the quantized linears; None means int8, the fast default.
+        overwrite: replace an existing, non-empty `output`.
+
+    Raises:
+        UsageError: an unknown runtime or activation type, or `output` exists.
+        BoaEdgeError: the checkpoint is broken, cannot be run fast by the runtime, or the disk is full.
+    """
+    start = time.monotonic()
+    exporter = EXPORTERS.get(runtime)
+    if exporter is None:
+        close = difflib.get_close_matches(runtime, EXPORTERS, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"unknown runtime {runtime!r}", fix=f"{hint}Known: {', '.join(sorted(EXPORTERS))}")
+    chosen: Activations = activations or "int8"
+    if chosen not in ("int8", "float32"):
+        raise UsageError(f"unknown activation type {chosen!r}", fix="Known: int8, float32")
+    source = Checkpoint(checkpoint)
+    exporter.check(source, chosen)
+    with output_directory(output, overwrite=overwrite) as directory:
+        lowered = exporter.lower(source, directory, chosen)
+        copy_companions(source, directory)
+        manifest = write_manifest(directory, source.recipe)
+    for note in lowered.notes:
+        say(f"note: {note}")
+    return ExportResult(
+        bundle=output,
+        runtime=runtime,
+        activations=chosen,
+        size_bytes=sum(entry.size for entry in manifest.files.values() if entry.role == "runtime"),
+        quantized_linears=lowered.quantized_linears,
+        weight_bytes=lowered.weight_bytes,
+        seconds=time.monotonic() - start,
+        notes=lowered.notes,
+    )

@@ -1,0 +1,110 @@
+"""ONNX, QDQ form: standard operators only, integer codes behind DequantizeLinear, fused by ONNX Runtime at load."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import onnx_ir as ir
+from safetensors import safe_open
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import write_json
+from exporters.base import Activations, Exporter, Lowered
+from exporters.bundle import RUNTIME, SCHEMA_VERSION, RuntimeConfig, token_ids
+from exporters.onnx.decoder import DecoderBuilder
+from exporters.onnx.graph import GraphBuilder
+from exporters.onnx.kernels import ACCURACY_LEVEL, FUSED_GROUPS, carrier
+from exporters.onnx.verify import verify
+from exporters.onnx.weights import WeightFile
+from toolchain.checkpoint import Checkpoint
+
+MODEL = "model.onnx"
+WEIGHTS = "model.onnx.data"
+
+_OPSET = 23
+_OPSET_INT2 = 25
+
+
+def _schemes(checkpoint: Checkpoint) -> list[tuple[str, int, int | None]]:
+    """(what, bits, group size) of every kind of quantized weight, without reading the weights."""
+    groups = checkpoint.config["quantization_config"]["config_groups"].values()
+    found = [("the linears", g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups if g["targets"]]
+    path = checkpoint.path / "embedding.safetensors"
+    if path.exists():
+        with safe_open(path, framework="np") as tensors:
+            metadata = tensors.metadata()
+        found.append(("the embedding table", int(metadata["bits"]), int(metadata["group_size"]) or None))
+    return found
+
+
+def check(checkpoint: Checkpoint, activations: Activations) -> None:
+    """Refuse group sizes that ONNX Runtime does not fuse: they would run some 20 times slower.
+
+    Raises:
+        BoaEdgeError: with the sizes that work.
+    """
+    for what, _, group_size in _schemes(checkpoint):
+        if group_size is not None and group_size not in FUSED_GROUPS:
+            sizes = ", ".join(str(size) for size in FUSED_GROUPS)
+            raise BoaEdgeError(
+                f"{what} are in groups of {group_size}, for which ONNX Runtime has no fast kernel",
+                where=checkpoint.path / "config.json",
+                fix=f"Quantize with a group size of {sizes}, or per output channel",
+            )
+
+
+def _notes(checkpoint: Checkpoint, activations: Activations) -> tuple[str, ...]:
+    notes = []
+    for what, bits, group_size in _schemes(checkpoint):
+        chosen = carrier(bits, group_size, activations)
+        if what == "the embedding table":
+            chosen = carrier(8, group_size, activations)
+        if chosen.dtype.bitwidth > bits:
+            notes.append(
+                f"{bits}-bit codes of {what} are carried in {chosen.dtype.bitwidth} bits: "
+                f"the file is not smaller than at {chosen.dtype.bitwidth} bits"
+            )
+        if not chosen.fused:
+            notes.append(
+                f"{what}: 8-bit codes with float32 activations have no fast fused kernel; they are dequantized at each "
+                "call, which takes time and memory for one float matrix"
+            )
+    return tuple(dict.fromkeys(notes))
+
+
+def lower(checkpoint: Checkpoint, directory: Path, activations: Activations) -> Lowered:
+    """Write `model.onnx`, `model.onnx.data` and `runtime.json`, and prove that they load and run.
+
+    Raises:
+        BoaEdgeError: the checkpoint is broken, or the graph fails a check.
+    """
+    spec = checkpoint.spec
+    ends, begin = token_ids(checkpoint)
+    runtime = RuntimeConfig(
+        schema_version=SCHEMA_VERSION,
+        runtime="onnx",
+        model=MODEL,
+        activations=activations,
+        session_config={"session.qdq_matmulnbits_accuracy_level": ACCURACY_LEVEL[activations]},
+        context_length=spec.max_positions,
+        eos_token_ids=ends,
+        bos_token_id=begin,
+        vocab_size=spec.vocab_size,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+    )
+    dtypes = {carrier(bits, group_size, activations).dtype for _, bits, group_size in _schemes(checkpoint)}
+    opset = _OPSET_INT2 if ir.DataType.INT2 in dtypes else _OPSET
+    with WeightFile(directory / WEIGHTS) as weights:
+        graph = GraphBuilder(weights, opset)
+        decoder = DecoderBuilder(graph, checkpoint, activations)
+        decoder.build()
+    graph.save(directory / MODEL, importlib.metadata.version("boa-edge"))
+    verify(directory / MODEL, runtime, weights.size)
+    write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
+    return Lowered(len(decoder.linears), weights.size, _notes(checkpoint, activations))
+
+
+EXPORTER = Exporter(check=check, lower=lower)

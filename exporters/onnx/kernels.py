@@ -1,0 +1,40 @@
+"""What the CPU provider of ONNX Runtime 1.31 runs fast, as measured (docs/onnx.md), and how codes are carried to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from exporters.base import Activations
+
+FUSED_GROUPS = (16, 32, 64, 128, 256)
+"""Group sizes that become a MatMulNBits kernel; so does one scale per output channel."""
+
+_INT2_GROUPS = (32, 64, 128, None)
+
+# Level 4 quantizes the inputs of a fused kernel to int8 in blocks; 1 keeps them float32. An unset level means 4.
+ACCURACY_LEVEL: dict[Activations, str] = {"int8": "4", "float32": "1"}
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """How the codes of one linear stand in the graph.
+
+    Attributes:
+        dtype: INT2, INT4 or INT8. The integer values are always the checkpoint's.
+        fused: whether the runtime turns DequantizeLinear and MatMul into one kernel over the codes. Where that kernel
+            is slower than the pair (8 bits with float32 activations), the pair is written so that it stays a pair.
+    """
+
+    dtype: ir.DataType
+    fused: bool
+
+
+def carrier(bits: int, group_size: int | None, activations: Activations) -> Carrier:
+    """The fastest form for a linear of these bits and this group size."""
+    if bits == 8:
+        return Carrier(ir.DataType.INT8, fused=activations == "int8")
+    if bits == 2 and activations == "int8" and group_size in _INT2_GROUPS:
+        return Carrier(ir.DataType.INT2, fused=True)
+    return Carrier(ir.DataType.INT4, fused=True)

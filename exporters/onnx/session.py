@@ -1,0 +1,130 @@
+"""ONNX Runtime on the host, with the session settings that the bundle asks for."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from boa_edge.errors import BoaEdgeError
+from exporters.bundle import Bundle
+
+onnxruntime.disable_telemetry_events()
+
+_PROVIDERS = ["CPUExecutionProvider"]
+_WARNING = 3
+
+
+def session_options(config: Mapping[str, str], threads: int | None = None) -> onnxruntime.SessionOptions:
+    """All optimizations (a lower level runs quantized linears in float32), `config` set, telemetry off.
+
+    Args:
+        threads: threads of one operator; None leaves it to the runtime (one per core).
+    """
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _WARNING
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def load(model: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Open a graph on the CPU. Raises BoaEdgeError where the runtime refuses it."""
+    try:
+        return onnxruntime.InferenceSession(str(model), options, providers=_PROVIDERS)
+    except Exception as error:  # (the runtime's exceptions share no other base)
+        text = " ".join(str(error).split())
+        raise BoaEdgeError(f"ONNX Runtime cannot load it ({text})", where=model) from error
+
+
+def open_session(bundle: Bundle, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """The bundle's graph, ready to run.
+
+    Raises:
+        BoaEdgeError: the bundle is for another runtime, or ONNX Runtime refuses it.
+    """
+    if bundle.runtime.runtime != "onnx":
+        raise BoaEdgeError(f"is a bundle for {bundle.runtime.runtime!r}, not for ONNX Runtime", where=bundle.path)
+    return load(bundle.model, session_options(bundle.runtime.session_config, threads))
+
+
+class OnnxDecoder:
+    """Runs a decoder with the inputs and outputs of docs/contracts.md.
+
+    Attributes:
+        layers, kv_heads, head_dim: the shape of its cache.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, layers: int, kv_heads: int, head_dim: int) -> None:
+        self.session = session
+        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    @classmethod
+    def open(cls, bundle: Bundle, threads: int | None = None) -> OnnxDecoder:
+        """From a checked bundle. Raises what `open_session` raises."""
+        runtime = bundle.runtime
+        return cls(open_session(bundle, threads), runtime.layers, runtime.kv_heads, runtime.head_dim)
+
+    def empty_cache(self, batch: int) -> dict[str, NDArray[np.float32]]:
+        """`past_key_values.N.key|value`, float32 [batch, kv_heads, 0, head_dim]."""
+        nothing = np.zeros((batch, self.kv_heads, 0, self.head_dim), np.float32)
+        return {f"past_key_values.{i}.{part}": nothing for i in range(self.layers) for part in ("key", "value")}
+
+    def step(
+        self,
+        tokens: NDArray[np.int64],
+        cache: Mapping[str, NDArray[np.float32]],
+        attention_mask: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Feed more tokens.
+
+        Args:
+            tokens: int64 [batch, sequence].
+            cache: what the last step returned, or `empty_cache`.
+            attention_mask: int64 [batch, past + sequence], 0 on padding at the left; None counts every token.
+
+        Returns:
+            Logits float32 [batch, sequence, vocabulary], and the cache with these tokens.
+        """
+        batch, sequence = tokens.shape
+        past = cache["past_key_values.0.key"].shape[2]
+        if attention_mask is None:
+            attention_mask = np.ones((batch, past + sequence), np.int64)
+        positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, past:]
+        feed: dict[str, Any] = {
+            "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
+            "attention_mask": np.ascontiguousarray(attention_mask, dtype=np.int64),
+            "position_ids": np.ascontiguousarray(positions, dtype=np.int64),
+            **cache,
+        }
+        results = dict(zip(self._outputs, self.session.run(self._outputs, feed), strict=True))
+        logits = results.pop("logits")
+        return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
+
+    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """tokens int64 [batch, length] -> logits float32 [batch, length, vocabulary], in one pass without a past."""
+        return self.step(tokens, self.empty_cache(tokens.shape[0]))[0]
+
+    def greedy(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """The `new_tokens` most likely ids after `prompt`, one after the other, none of them treated as an end."""
+        tokens = np.asarray([list(prompt)], dtype=np.int64)
+        cache: Mapping[str, NDArray[np.float32]] = self.empty_cache(1)
+        generated: list[int] = []
+        for _ in range(new_tokens):
+            logits, cache = self.step(tokens, cache)
+            generated.append(int(logits[0, -1].argmax()))
+            tokens = np.asarray([[generated[-1]]], dtype=np.int64)
+        return generated
