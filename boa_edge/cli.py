@@ -101,6 +101,7 @@ def measure(
 ) -> None:
     """Run a bundle on a device: report.json and report.html."""
     from runtime_tests import measure as stage
+    from runtime_tests import print_summary
 
     quiet_transformers()
     chosen = {
@@ -112,6 +113,7 @@ def measure(
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     report = stage(bundle, device, output, overwrite=overwrite, **given)
+    print_summary(report)
     _finish(report.summary())
 
 

@@ -15,7 +15,7 @@ from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export
 from exporters.base import Activations
-from runtime_tests import measure
+from runtime_tests import measure, print_summary
 from toolchain.quantize import quantize
 from toolchain.recipe import load_recipe
 
@@ -65,6 +65,8 @@ def run_all(
     )
     # Measurements are made anew each time: the device is not part of the request.
     result = measure(bundle, device, report, overwrite=True)
+    print_summary(result)
+    say(f"report: {report / 'report.html'}")
     return {"output": str(output), "checkpoint": str(checkpoint), "bundle": str(bundle), **result.summary()}
 
 

@@ -118,7 +118,7 @@ def _checkpoint(path: Path) -> _Subject:
 
 
 def _bundle(path: Path) -> _Subject:
-    decoder = OnnxDecoder(Bundle.open(path))
+    decoder = OnnxDecoder.open(Bundle.open(path))
 
     def logits(ids: Tensor) -> Tensor:
         return torch.from_numpy(decoder.logits(ids.numpy()))

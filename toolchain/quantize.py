@@ -40,7 +40,7 @@ class Comparison:
 
     Attributes:
         payload_bytes: codes, scales and float tensors as they count on disk.
-        peak_mb: peak resident memory of the process so far.
+        peak_mb: peak resident memory of the process so far, in megabytes (10^6).
     """
 
     method: str
@@ -200,8 +200,7 @@ def _payload_bytes(source: SourceModel, quantized: QuantizedModel) -> int:
 
 
 def _peak_mb() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if platform.system() == "Darwin" else 1 << 10))
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,113 @@
+"""The command line: what a script that calls it can rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolchain.loading import load_source
+
+SMALL = {
+    "method": "boa",
+    "weights": {"bits": 4, "group_size": 32, "symmetric": True},
+    "calibration": {"sequences": 6, "sequence_length": 64, "held_out_sequences": 2},
+}
+
+
+def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "boa_edge.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd)
+
+
+def result(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(document, dict)
+    return document
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+@pytest.mark.parametrize("command", ["quantize", "export", "measure", "evaluate", "devices", "run"])
+def test_every_command_explains_itself(command: str) -> None:
+    done = call(command, "--help")
+    assert done.returncode == 0
+    assert f"boa-edge {command}" in done.stdout.replace("python -m boa_edge.cli", "boa-edge")
+    assert len(done.stdout) > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "nowhere", "-o", "x"], 2, "error: nowhere: no such model."),
+        (["quantize", "default", "--recipe", "w9-boa", "-o", "x"], 2, "weights.bits"),
+        (["quantize", "default"], 2, "--output"),
+        (["export", "nowhere", "-o", "x"], 1, "error: nowhere: no such quantized checkpoint."),
+        (["export", "nowhere", "--runtime", "onx", "-o", "x"], 2, "'onnx'"),
+        (["measure", "nowhere", "-o", "x"], 1, "error: nowhere"),
+        (["measure", "nowhere", "--device", "arm65", "-o", "x"], 2, "arm64"),
+        (["evaluate", "default", "--text", "nowhere.txt"], 1, "error: nowhere.txt: no such text file."),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_an_exit_code(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    done = call(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_stages_in_a_row_on_the_host(tiny_model: Path, text_file: Path, recipe_file: Path, tmp_path: Path) -> None:
+    ckpt, bundle, report = tmp_path / "ckpt", tmp_path / "bundle", tmp_path / "report"
+    made = result(call("quantize", tiny_model, "--recipe", recipe_file, "--calibration", text_file, "-o", ckpt))
+    assert made["recipe"] == "w4g32-boa"
+    exported = result(call("export", ckpt, "--runtime", "onnx", "--activations", "float32", "-o", bundle))
+    assert exported["quantized_linears"] == 15  # seven per block, and the head
+    measured = result(call("measure", bundle, "--device", "host", "-o", report))
+    assert (report / "report.html").stat().st_size > 10_000
+    assert json.loads((report / "report.json").read_text())["schema_version"] == 1
+    figures = {}
+    options = ["--text", text_file, "--reference", tiny_model, "--tokens", 2048, "--seq-len", 64]
+    for subject in (tiny_model, ckpt, bundle):
+        figures[subject.name] = result(call("evaluate", subject, *options))
+    assert figures[tiny_model.name]["kl"] == pytest.approx(0, abs=1e-6)
+    assert figures["ckpt"]["kl"] > 0
+    # Lowering changes nothing: with float32 activations the bundle is the checkpoint to float rounding.
+    assert figures["bundle"]["kl"] == pytest.approx(figures["ckpt"]["kl"], rel=1e-3)
+    assert figures["bundle"]["perplexity"] == pytest.approx(figures["ckpt"]["perplexity"], rel=1e-4)
+    assert measured
+
+
+def test_run_keeps_finished_stages_of_the_same_request(
+    tiny_model: Path, text_file: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", "--model", tiny_model, "--recipe", recipe_file, "--calibration", text_file]
+    arguments += ["--device", "host", "-o", tmp_path / "out"]
+    result(call(*arguments))
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*.safetensors")}
+    assert len(made) == 3
+    again = call(*arguments)
+    result(again)
+    assert "made by the same request, kept" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*.safetensors")} == made
+    comparison = json.loads((tmp_path / "out" / "checkpoint" / "provenance.json").read_text())["comparison"]
+    assert [row["method"] for row in comparison] == ["rtn", "gptq", "boa"]
+
+
+@pytest.mark.slow
+def test_the_default_model_is_what_the_readme_says() -> None:
+    spec = load_source("default").spec
+    assert (spec.heads, spec.kv_heads, spec.head_dim, spec.layers, spec.tied_embeddings) == (9, 3, 64, 30, True)
