@@ -79,10 +79,10 @@ def make_environment(cache: Path) -> None:
         say("removing a .venv that is unfinished, of another place or of another Python")
         shutil.rmtree(VENV)
     if not VENV.exists():
-        say(f"creating .venv with Python {_version()}")
         VENV.mkdir()
         UNFINISHED.touch()
-        run([sys.executable, "-m", "venv", "--without-pip", str(VENV)], "creating .venv", cache)
+        command = [sys.executable, "-m", "venv", "--without-pip", str(VENV)]
+        run(command, f"creating .venv with Python {_version()}", cache)
     if not _has_pip():
         install_pip(cache)
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
