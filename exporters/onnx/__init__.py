@@ -14,7 +14,7 @@ from exporters.base import Activations, Exporter, Lowered
 from exporters.bundle import RUNTIME, SCHEMA_VERSION, RuntimeConfig, token_ids
 from exporters.onnx.decoder import DecoderBuilder
 from exporters.onnx.graph import GraphBuilder
-from exporters.onnx.kernels import ACCURACY_LEVEL, FUSED_GROUPS, carrier
+from exporters.onnx.kernels import ACCURACY_KEY, ACCURACY_LEVEL, FUSED_GROUPS, carrier
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import Checkpoint
@@ -67,8 +67,8 @@ def _notes(checkpoint: Checkpoint, activations: Activations) -> tuple[str, ...]:
             )
         if not chosen.fused:
             notes.append(
-                f"{what}: 8-bit codes with float32 activations have no fast fused kernel; they are dequantized at each "
-                "call, which takes time and memory for one float matrix"
+                f"{what}: 8-bit codes with float32 activations have no fast fused kernel; the runtime dequantizes them "
+                "at each call, which takes time and the memory of the float weights"
             )
     return tuple(dict.fromkeys(notes))
 
@@ -86,7 +86,7 @@ def lower(checkpoint: Checkpoint, directory: Path, activations: Activations) -> 
         runtime="onnx",
         model=MODEL,
         activations=activations,
-        session_config={"session.qdq_matmulnbits_accuracy_level": ACCURACY_LEVEL[activations]},
+        session_config={ACCURACY_KEY: ACCURACY_LEVEL[activations]},
         context_length=spec.max_positions,
         eos_token_ids=ends,
         bos_token_id=begin,

@@ -55,7 +55,7 @@ class DecoderBuilder:
         bias = attention_bias(g, input_ids, attention_mask)
         x, head = self._embedding(input_ids)
         presents = []
-        for names, past in track(list(zip(spec.layer_names, pasts, strict=True)), "export"):
+        for names, past in track(list(zip(spec.layer_names, pasts, strict=True)), "writing layers"):
             x, present = self._layer(x, names, turn, bias, past)
             presents.append(present)
         x = self._norm(x, spec.final_norm)

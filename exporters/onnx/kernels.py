@@ -14,6 +14,7 @@ FUSED_GROUPS = (16, 32, 64, 128, 256)
 _INT2_GROUPS = (32, 64, 128, None)
 
 # Level 4 quantizes the inputs of a fused kernel to int8 in blocks; 1 keeps them float32. An unset level means 4.
+ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVEL: dict[Activations, str] = {"int8": "4", "float32": "1"}
 
 

@@ -15,11 +15,6 @@ _PAGE = 4096
 _LINE = 64
 
 
-def bit_width(dtype: ir.DataType) -> int:
-    """Bits that one element takes in the file."""
-    return dtype.bitwidth
-
-
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Signed codes as ONNX stores INT2, INT4 and INT8: in row-major order, the lowest bits first.
 
@@ -70,7 +65,7 @@ class WeightFile:
 
     def codes(self, name: str, values: np.ndarray, dtype: ir.DataType) -> ir.ExternalTensor:
         """Append int8 `values` of any shape as INT2, INT4 or INT8."""
-        return self._append(name, pack_codes(values, bit_width(dtype)), dtype, values.shape)
+        return self._append(name, pack_codes(values, dtype.bitwidth), dtype, values.shape)
 
     def alias(self, name: str, tensor: ir.ExternalTensor, shape: Sequence[int]) -> ir.ExternalTensor:
         """Another name, and maybe another shape, for bytes that are in the file already."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import exporters.onnx
 from boa_edge.errors import BoaEdgeError, UsageError
@@ -183,5 +184,15 @@ def test_a_damaged_checkpoint(make_tiny: MakeTiny, tmp_path: Path) -> None:
     weights = tiny.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(BoaEdgeError, match=r"model.safetensors: is truncated or damaged"):
+        export(tiny.path, "onnx", tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_weights_that_are_not_finite(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    tiny = make_tiny(num_hidden_layers=1)
+    tensors = load_file(tiny.path / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, tiny.path / "model.safetensors")
+    with pytest.raises(BoaEdgeError, match=r"not finite.*quantize again"):
         export(tiny.path, "onnx", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
