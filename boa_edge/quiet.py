@@ -19,16 +19,13 @@ def quiet_libraries() -> None:
         "TQDM_DISABLE": "1",
     }.items():
         os.environ.setdefault(name, value)
-    for name in ("torchao", "torch", "transformers", "onnx_ir", "onnxscript", "matplotlib"):
+    for name in ("torchao", "torch.utils._pytree", "transformers", "onnx_ir", "onnxscript", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 
 def quiet_transformers() -> None:
-    """Imports torch and transformers without what they log while they are imported."""
-    import torch  # noqa: F401  (its import configures the logger that is quieted below)
-
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    """Imports transformers and silences its progress bars, which no variable does."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
