@@ -110,23 +110,14 @@ def quantize(
     source = load_source(model)
     _check_groups(source, chosen)
     text = load_calibration(calibration, source, chosen.calibration, chosen.seed)
-    identity = {
-        "model": source.files,
-        "recipe": chosen.model_dump(),
-        "calibration": text.sequences,
-        "versions": _versions(),
-    }
-    resume = ResumeFile(output, identity) if METHODS[chosen.method].needs_statistics else None
-    rows = []
-    for method in compare:
-        other = chosen.with_method(method)
-        if other.method != chosen.method:
-            rows.append(_quantize_and_score(source, other, text, None)[1])
-    quantized, own, original_perplexity = _quantize_and_score(source, chosen, text, resume)
+    others = [chosen.with_method(method) for method in compare if method != chosen.method]
+    unfinished = [_resume_file(output, source, each, text) for each in (*others, chosen)]
+    rows = [_quantize_and_score(source, *each, text)[1] for each in zip(others, unfinished, strict=False)]
+    quantized, own, original_perplexity = _quantize_and_score(source, chosen, unfinished[-1], text)
     rows.append(own)
     with output_directory(output, overwrite=overwrite) as directory:
         _write(directory, source, chosen, text, quantized, rows, original_perplexity, time.monotonic() - start)
-    if resume:
+    for resume in filter(None, unfinished):
         resume.discard()
     return QuantizeResult(output, chosen.name, tuple(rows), original_perplexity, time.monotonic() - start)
 
@@ -148,8 +139,21 @@ def _check_groups(source: SourceModel, recipe: Recipe) -> None:
                 raise UsageError(problem, where=field, fix=fix)
 
 
+def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibration) -> ResumeFile | None:
+    """Where this run keeps its finished blocks; none for a method that takes seconds."""
+    if not METHODS[recipe.method].needs_statistics:
+        return None
+    identity = {
+        "model": source.files,
+        "recipe": recipe.model_dump(),
+        "calibration": text.sequences,
+        "versions": _versions(),
+    }
+    return ResumeFile(output, recipe.method, identity)
+
+
 def _quantize_and_score(
-    source: SourceModel, recipe: Recipe, text: Calibration, resume: ResumeFile | None
+    source: SourceModel, recipe: Recipe, resume: ResumeFile | None, text: Calibration
 ) -> tuple[QuantizedModel, Comparison, float]:
     start = time.monotonic()
     try:

@@ -31,8 +31,8 @@ class ResumeFile:
         BoaEdgeError: blocks of a different run are there; the message names what differs.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any]) -> None:
-        self.directory = output.absolute().with_name(f".{output.name}.unfinished")
+    def __init__(self, output: Path, method: str, identity: dict[str, Any]) -> None:
+        self.directory = output.absolute().with_name(f".{output.name}.{method}.unfinished")
         self._identity = {key: _digest(value) for key, value in identity.items()}
         known = self.directory / "identity.json"
         if known.exists():
@@ -43,7 +43,7 @@ class ResumeFile:
                 problem = f"an unfinished run differs from this one in: {', '.join(differing)}"
                 raise BoaEdgeError(problem, where=self.directory, fix=fix)
             count = len(list(self.directory.glob("block-*.safetensors")))
-            say(f"resuming: {count} blocks are finished")
+            say(f"resuming {method}: {count} blocks are finished")
             return
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,15 @@ def quantize_model(
     weights: dict[str, QuantizedWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
     with torch.inference_mode():
+        blocks = list(enumerate(source.spec.layer_names))
+        finished = {index: block for index, _ in blocks if resume and (block := resume.load(index))}
         stream = None
-        if method.needs_statistics:
+        if method.needs_statistics and len(finished) < len(blocks):
             assert sequences is not None
             stream = _BlockStream(source, sequences)
-        for index, names in track(list(enumerate(source.spec.layer_names)), f"quantizing ({recipe.name})"):
+        for index, names in track(blocks, f"quantizing ({recipe.name})"):
             linears = {name: _linear(source.model, name) for name in names.linears()}
-            done = resume.load(index) if resume else None
+            done = finished.get(index)
             if done is None:
                 statistics = stream.collect(index, names, linears, method.needs_attention) if stream else None
                 problem = BlockProblem(
