@@ -14,7 +14,7 @@ from exporters.base import Activations, Exporter, Lowered
 from exporters.bundle import RUNTIME, SCHEMA_VERSION, RuntimeConfig, token_ids
 from exporters.onnx.decoder import DecoderBuilder
 from exporters.onnx.graph import GraphBuilder
-from exporters.onnx.kernels import ACCURACY_KEY, ACCURACY_LEVEL, FUSED_GROUPS, carrier
+from exporters.onnx.kernels import FUSED_GROUPS, carrier, session_config
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ def lower(checkpoint: Checkpoint, directory: Path, activations: Activations) -> 
         runtime="onnx",
         model=MODEL,
         activations=activations,
-        session_config={ACCURACY_KEY: ACCURACY_LEVEL[activations]},
+        session_config=session_config(activations),
         context_length=spec.max_positions,
         eos_token_ids=ends,
         bos_token_id=begin,

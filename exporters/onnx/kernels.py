@@ -16,6 +16,15 @@ _INT2_GROUPS = (32, 64, 128, None)
 # Level 4 quantizes the inputs of a fused kernel to int8 in blocks; 1 keeps them float32. An unset level means 4.
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVEL: dict[Activations, str] = {"int8": "4", "float32": "1"}
+# On ARM the KleidiAI kernels would quantize a whole row of inputs with one scale instead of one per block: on
+# SmolLM2-135M that is 5.6 times the KL from the float32 activations (docs/log.md). Off, ARM computes as x86 does.
+_KLEIDIAI_KEY = "mlas.disable_kleidiai"
+
+
+def session_config(activations: Activations) -> dict[str, str]:
+    """The options of an ONNX Runtime session that decide how quantized linears are computed."""
+    level = {ACCURACY_KEY: ACCURACY_LEVEL[activations]}
+    return level | {_KLEIDIAI_KEY: "1"} if activations == "int8" else level
 
 
 @dataclass(frozen=True)

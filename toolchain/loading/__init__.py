@@ -24,7 +24,7 @@ def load_source(model: str) -> SourceModel:
         BoaEdgeError, UsageError: it is none of the accepted, or it cannot be loaded.
     """
     if model == "default":
-        return load_gguf(default_model_file(), model)
+        return load_gguf(default_model_file(), "default (SmolLM2-135M-Instruct)")
     path = Path(model).expanduser()
     if path.is_dir():
         return load_directory(path, model)
