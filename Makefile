@@ -16,7 +16,7 @@ DEVICE ?= arm64
 MODEL ?= default
 RUNTIME ?= onnx
 # The shell reads these from its environment, so that any character may stand in a path.
-export DEVICE MODEL RECIPE RUNTIME OUT CALIBRATION BUNDLE PYTEST_ARGS
+export DEVICE MODEL RECIPE RUNTIME OUT CALIBRATION TEXT PYTEST_ARGS
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -39,9 +39,9 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## measure BUNDLE (as make export leaves it) on DEVICE again; OUT
-	@test -n "$$BUNDLE" || { echo "make: name a bundle: make bench BUNDLE=<dir> DEVICE=$(DEVICE) OUT=<dir>" >&2; exit 2; }
-	@$(BIN)/boa-edge measure "$$BUNDLE" --device "$$DEVICE" -o "$${OUT:-out/bench-$$DEVICE}"
+bench: setup ## accuracy of every method side by side: CALIBRATION=<text file> TEXT=<held-out text file>, OUT
+	@test -n "$$CALIBRATION" -a -n "$$TEXT" || { echo "make: name two text files: make bench CALIBRATION=<file> TEXT=<file>" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.accuracy --calibration "$$CALIBRATION" --text "$$TEXT" -o "$${OUT:-out/bench}"
 
 clean: ## what was built and fetched here: .venv, .cache, out
 	rm -rf .venv .cache out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

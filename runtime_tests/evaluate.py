@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exporters.bundle import Bundle
-from exporters.onnx.session import OnnxDecoder
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
+from exporters.bundle import Bundle
+from exporters.onnx.session import OnnxDecoder
 from toolchain.checkpoint import Checkpoint
 from toolchain.loading import load_source, load_tokenizer
 from toolchain.metrics import Logits, evaluate_logits
