@@ -217,8 +217,13 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory. Use a smaller model, or fewer or shorter calibration sequences", 1)
+    except Exception as error:  # noqa: BLE001 (nobody should have to read a traceback; --debug shows it)
+        reason = " ".join(str(error).split())[:300]
+        _fail(f"a defect of boa-edge: {type(error).__name__}: {reason}. Run `boa-edge --debug ...` and report it", 1)
 
 
 def _fail(message: str, code: int) -> None:
