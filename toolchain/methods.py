@@ -146,7 +146,7 @@ def _one_sided(problem: BlockProblem, name: str, settings: Settings, factors: _F
     grid = find_grid(weight, settings.format, settings.search, hessian)
     quantized = grid.quantized(gptq.solve(weight, factor.upper, grid))
     change = quantized.dequantize() - weight[0]
-    loss, size = _quadratic(change[None], hessian, None), _quadratic(weight, hessian, None)
+    loss, size = quadratic_loss(change[None], hessian, None), quadratic_loss(weight, hessian, None)
     relative = loss / size if size else None
     return SolvedLayer(quantized, loss, relative, relative, factor.damping, time.monotonic() - start)
 
@@ -161,20 +161,20 @@ def _two_sided(
     grid = find_grid(weight, settings.format, settings.search, columns)
     quantized = grid.quantized(boa.solve(weight, column_factor.upper, row_factor.upper, grid))
     change = quantized.dequantize().view_as(weight) - weight
-    loss, size = _quadratic(change, columns, rows), _quadratic(weight, columns, rows)
+    loss, size = quadratic_loss(change, columns, rows), quadratic_loss(weight, columns, rows)
     inputs = problem.statistics.inputs[name].unsqueeze(0)
-    output_size = _quadratic(weight, inputs, None)
+    output_size = quadratic_loss(weight, inputs, None)
     return SolvedLayer(
         weight=quantized,
         loss=loss,
         relative_loss=loss / size if size else None,
-        output_error=_quadratic(change, inputs, None) / output_size if output_size else None,
+        output_error=quadratic_loss(change, inputs, None) / output_size if output_size else None,
         damping=max(column_factor.damping, row_factor.damping),
         seconds=time.monotonic() - start,
     )
 
 
-def _quadratic(change: Tensor, columns: Tensor, rows: Tensor | None) -> float:
+def quadratic_loss(change: Tensor, columns: Tensor, rows: Tensor | None) -> float:
     """sum over the stack of tr(H_row D H_col D^T), H_row the identity where None."""
     weighted = change @ columns
     if rows is not None:

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tests.toolchain.attention import Attention
 from toolchain.families import DecoderSpec
 from toolchain.loading import load_source
+from toolchain.methods import quadratic_loss
 from toolchain.statistics.block import BlockCollector, BlockStatistics, causal_mask
 from toolchain.statistics.rope import position_mean
 
 LENGTH, BATCH = 11, 3
-
-
-class Attention:
-    """One block's attention, head by head, with its weights open to change."""
-
-    def __init__(self, spec: DecoderSpec, layer: nn.Module, rotary: tuple[Tensor, Tensor]) -> None:
-        self.spec = spec
-        self.cos, self.sin = rotary
-        self.weights = {p: getattr(layer.self_attn, f"{p}_proj").weight.detach().clone() for p in "qkvo"}
-
-    def rotate(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, -1)
-        return x * self.cos + torch.cat([-second, first], -1) * self.sin
-
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q [B,H,L,hd], k, v [B,G,L,hd] (q, k after RoPE), A [B,H,L,L]."""
-        hd, group = self.spec.head_dim, self.spec.heads // self.spec.kv_heads
-        q, k, v = ((x @ self.weights[p].mT).view(BATCH, LENGTH, -1, hd).transpose(1, 2) for p in "qkv")
-        q, k = self.rotate(q), self.rotate(k)
-        scores = q @ k.repeat_interleave(group, 1).mT / math.sqrt(hd)
-        scores = scores.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -math.inf)
-        return q, k, v, scores.softmax(-1)
-
-    def output(self, x: Tensor) -> Tensor:
-        _, _, v, a = self.parts(x)
-        mixed = a @ v.repeat_interleave(self.spec.heads // self.spec.kv_heads, 1)
-        return mixed.transpose(1, 2).reshape(BATCH, LENGTH, -1) @ self.weights["o"].mT
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +64,10 @@ def test_query_key_and_value_statistics_equal_attention_written_out(block) -> No
     expected = torch.einsum("gh,ghij->gij", weights / group, per_query.view(spec.kv_heads, group, *per_query.shape[1:]))
     assert torch.allclose(statistics.values, expected, atol=1e-9)
     assert statistics.positions == LENGTH
+    hd, d = spec.head_dim, spec.hidden_size
+    assert statistics.queries.shape == (spec.heads, hd, hd)
+    assert statistics.keys.shape == (spec.kv_heads, hd, hd)
+    assert statistics.values.shape == (spec.kv_heads, d, d)
 
 
 def test_value_hessian_is_the_exact_output_error_of_one_head(block) -> None:  # type: ignore[no-untyped-def]
@@ -97,11 +75,8 @@ def test_value_hessian_is_the_exact_output_error_of_one_head(block) -> None:  # 
     spec, attention, x, _, _ = block
     group, hd = spec.heads // spec.kv_heads, spec.head_dim
     change = torch.randn(hd, spec.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    before = attention.output(x)
     _, _, _, a = attention.parts(x)
-    attention.weights["v"][hd : 2 * hd] += change
-    measured = (attention.output(x) - before).square().sum()
-    attention.weights["v"][hd : 2 * hd] -= change
+    measured = attention.error(x, "v", slice(hd, 2 * hd), change)
     output = attention.weights["o"].view(-1, spec.heads, hd)
     predicted = torch.zeros((), dtype=torch.float64)
     for h in range(group, 2 * group):
@@ -110,7 +85,7 @@ def test_value_hessian_is_the_exact_output_error_of_one_head(block) -> None:  # 
             left, right = (torch.einsum("blm,bmd->bld", a[:, i], x) for i in (h, other))
             column = torch.einsum("bli,blj->ij", left, right)
             predicted += (row * (change @ column @ change.mT)).sum()
-    assert torch.allclose(measured, predicted, rtol=1e-9)
+    assert measured == pytest.approx(float(predicted), rel=1e-9)
 
 
 @pytest.mark.parametrize("projection", ["q", "k"])
@@ -166,3 +141,54 @@ def test_collecting_leaves_the_block_as_it_was(tiny_model: Path) -> None:
         assert model.config._attn_implementation != before
     assert model.config._attn_implementation == before
     assert not any(linear._forward_pre_hooks for linear in linears.values())
+
+
+def covariances(attention: Attention, x: Tensor, head: int) -> Tensor:
+    """C_l = W_O,h Cov_{a_l}(v, k) / sqrt(hd), [B, L, d, hd]: how the output at l answers to its query (1.9)."""
+    hd = attention.spec.head_dim
+    _, k, v, a = attention.parts(x)
+    k, v, a = k[:, head // attention.group], v[:, head // attention.group], a[:, head]
+    mean = a @ v
+    moment = torch.einsum("blm,bmi,bmj->blij", a, v, k) - torch.einsum("bli,blj->blij", mean, a @ k)
+    return attention.weights["o"][:, head * hd : (head + 1) * hd] @ moment / hd**0.5
+
+
+@pytest.mark.parametrize("projection", ["q", "k"])
+def test_the_attention_error_tends_to_its_quadratic_form(block, projection: str) -> None:  # type: ignore[no-untyped-def]
+    """Softmax, causal mask, RoPE and grouped queries included; the ratio tends to 1 linearly (algorithms.md 1.10)."""
+    spec, attention, x, _, _ = block
+    hd, head = spec.head_dim, 3
+    change = torch.randn(hd, spec.hidden_size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    moved = attention.rotate(x @ change.mT)
+    if projection == "q":
+        rows = slice(head * hd, (head + 1) * hd)
+        answer = torch.einsum("bldi,bli->bld", covariances(attention, x, head), moved)
+    else:
+        key_head = head // attention.group
+        rows = slice(key_head * hd, (key_head + 1) * hd)
+        q, _, v, a = attention.parts(x)
+        answer = torch.zeros_like(x)
+        for each in range(key_head * attention.group, (key_head + 1) * attention.group):
+            mean = a[:, each] @ v[:, key_head]
+            spread = v[:, key_head][:, None] - mean[:, :, None]  # v_m - o_l, [B, L, M, hd]
+            logits = torch.einsum("bli,bmi->blm", q[:, each], moved) / hd**0.5
+            mixed = torch.einsum("blm,blm,blmi->bli", a[:, each], logits, spread)
+            answer += mixed @ attention.weights["o"][:, each * hd : (each + 1) * hd].mT
+    quadratic = float(answer.square().sum())
+    deviations = []
+    for step in (1e-3, 1e-4):
+        ratio = attention.error(x, projection, rows, step * change) / step**2 / quadratic
+        deviations.append(abs(ratio - 1))
+    assert deviations[1] < 1e-3
+    assert deviations[1] < 0.2 * deviations[0] + 1e-6
+
+
+def test_the_loss_does_not_see_a_rotation_of_the_inputs(block) -> None:  # type: ignore[no-untyped-def]
+    spec, _, _, statistics, _ = block
+    name = spec.layer_names[0].gate
+    generator = torch.Generator().manual_seed(5)
+    rotation = torch.linalg.qr(torch.randn(spec.hidden_size, spec.hidden_size, generator=generator).double())[0]
+    change = torch.randn(1, 7, spec.hidden_size, generator=generator, dtype=torch.float64)
+    hessian = statistics.inputs[name][None]
+    turned = rotation.mT @ hessian @ rotation
+    assert quadratic_loss(change @ rotation, turned, None) == pytest.approx(quadratic_loss(change, hessian, None))
