@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from boa_edge.files import write_json, write_text
-from boa_edge.progress import say, track
+from boa_edge.progress import say
 from boa_edge.quiet import quiet_libraries
 from toolchain.checkpoint import Checkpoint
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source
 from toolchain.methods import METHODS
+from toolchain.metrics import Fidelity, evaluate_all
 from toolchain.text import read_text, sequences, tokenize
 
 
@@ -39,7 +37,7 @@ def _quantize(model: str, name: str, calibration: Path, work: Path) -> dict[str,
     return json.loads(summary.read_text())
 
 
-def _evaluate(model: str, names: list[str], text: Path, tokens: int, length: int, work: Path) -> list[dict[str, float]]:
+def _evaluate(model: str, names: list[str], text: Path, tokens: int, length: int, work: Path) -> list[Fidelity]:
     source = load_source(model)
     rows = sequences(tokenize(read_text(text), source.tokenizer)[:tokens], length, text)
     original = FakeQuantized(source.model, source.spec, {})
@@ -48,24 +46,8 @@ def _evaluate(model: str, names: list[str], text: Path, tokens: int, length: int
         checkpoint = Checkpoint(work / name)
         modules = [*source.spec.linear_inputs(), source.spec.embedding]
         weights = {module: checkpoint.quantized(module) for module in modules if checkpoint.is_quantized(module)}
-        candidates.append(FakeQuantized(source.model, source.spec, weights))
-    nll, divergence, agreed = ([0.0] * (len(names) + 1) for _ in range(3))
-    with torch.inference_mode():
-        for row in track(rows, "evaluating"):
-            truth = torch.log_softmax(original.logits(row[None])[0, :-1], -1)
-            chosen = truth.exp()
-            for index, candidate in enumerate([*candidates, None]):
-                scores = truth
-                if candidate is not None:
-                    scores = torch.log_softmax(candidate.logits(row[None])[0, :-1], -1)
-                nll[index] -= float(scores.gather(1, row[1:, None]).sum(dtype=torch.float64))
-                divergence[index] += float((chosen * (truth - scores)).sum(dtype=torch.float64))
-                agreed[index] += float((truth.argmax(-1) == scores.argmax(-1)).sum())
-    count = rows.shape[0] * (rows.shape[1] - 1)
-    return [
-        {"perplexity": math.exp(min(n / count, 700)), "kl": d / count, "top1": a / count}
-        for n, d, a in zip(nll, divergence, agreed, strict=True)
-    ]
+        candidates.append(FakeQuantized(source.model, source.spec, weights).logits)
+    return evaluate_all(candidates, rows, original.logits, "evaluating")
 
 
 def main() -> None:
@@ -90,11 +72,11 @@ def main() -> None:
         made = [_quantize(arguments.model, name, arguments.calibration, work) for name in names]
         scored = _evaluate(arguments.model, names, arguments.text, arguments.tokens, arguments.length, work)
         rows = []
-        for name, summary, score in zip(names, made, scored, strict=False):
+        for name, summary, score in zip(names, made, scored, strict=True):
             weights = Checkpoint(work / name).recipe["weights"]
             rows.append(
                 {"method": name.rpartition("-")[2], "ours": True, **weights, "seed": 0}
-                | score
+                | {"perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
                 | {
                     "seconds": summary["seconds"],
                     "peak_mb": summary["peak_mb"],
@@ -106,7 +88,7 @@ def main() -> None:
     head = (
         "| weights | method | perplexity | KL (nats/token) | top-1 | seconds | peak MB |\n|---|---|---|---|---|---|---|"
     )
-    lines = [head, f"| original | | {scored[-1]['perplexity']:.2f} | 0 | 100 % | | |"]
+    lines = [head, f"| original | | {scored[0].reference_perplexity:.2f} | 0 | 100 % | | |"]
     for name, row in zip(names, rows, strict=True):
         figures = f"{row['perplexity']:.2f} | {row['kl']:.4f} | {row['top1']:.1%} | {row['seconds']:.0f}"
         lines.append(f"| {name.partition('-')[0]} | {row['method']} | {figures} | {row['peak_mb']} |")

@@ -10,7 +10,7 @@ from typing import Any
 
 from boa_edge import __version__
 from boa_edge.errors import UsageError
-from boa_edge.files import disk_errors, sha256_file, write_json
+from boa_edge.files import disk_errors, sha256_file, write_text
 from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export
@@ -18,8 +18,6 @@ from exporters.base import Activations
 from runtime_tests import measure, print_summary
 from toolchain.quantize import quantize
 from toolchain.recipe import load_recipe
-
-_STAMP = ".request.json"
 
 
 def run_all(
@@ -84,10 +82,10 @@ def _identity(name: str) -> dict[str, Any]:
 def _stage(output: Path, target: Path, request: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
     """Do `work` unless `target` was made by the same request."""
     digest = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()
-    stamp = output / f"{_STAMP.removesuffix('.json')}-{target.name}.json"
-    if target.is_dir() and stamp.is_file() and json.loads(stamp.read_text())["request"] == digest:
+    stamp = output / f".request-{target.name}"
+    if target.is_dir() and stamp.is_file() and stamp.read_bytes() == digest.encode():
         say(f"{target}: made by the same request, kept")
         return
     stamp.unlink(missing_ok=True)
     work()
-    write_json(stamp, {"request": digest})
+    write_text(stamp, digest)

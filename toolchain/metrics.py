@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,30 +33,45 @@ class Fidelity:
     predicted: int
 
 
-@torch.inference_mode()
 def evaluate_logits(model: Logits, sequences: Tensor, reference: Logits | None, what: str) -> Fidelity:
-    """Teacher-forced fidelity.
+    """Teacher-forced fidelity of one model; arguments as for `evaluate_all`."""
+    return evaluate_all([model], sequences, reference, what)[0]
+
+
+@torch.inference_mode()
+def evaluate_all(models: Sequence[Logits], sequences: Tensor, reference: Logits | None, what: str) -> list[Fidelity]:
+    """Teacher-forced fidelity of several models against one reference, whose logits are computed once.
 
     Args:
-        model, reference: token ids int64 [1, length] -> logits float [1, length, vocabulary].
+        models, reference: token ids int64 [1, length] -> logits float [1, length, vocabulary].
         sequences: int64 [n, length]; every token but the first of a sequence is predicted.
     """
-    nll = reference_nll = divergence = 0.0
-    agreed = predicted = 0
+    nll, divergence, agreed = [0.0] * len(models), [0.0] * len(models), [0] * len(models)
+    reference_nll = 0.0
     for row in track(sequences, what):
-        targets = row[1:]
-        scores = torch.log_softmax(model(row[None])[0, :-1].float(), -1)
-        nll -= float(scores.gather(1, targets[:, None]).sum(dtype=torch.float64))
-        predicted += targets.numel()
+        targets = row[1:, None]
+        truth = None
         if reference is not None:
             truth = torch.log_softmax(reference(row[None])[0, :-1].float(), -1)
-            reference_nll -= float(truth.gather(1, targets[:, None]).sum(dtype=torch.float64))
-            divergence += float((truth.exp() * (truth - scores)).sum(dtype=torch.float64))
-            agreed += int((truth.argmax(-1) == scores.argmax(-1)).sum())
-    return Fidelity(
-        perplexity=math.exp(min(nll / predicted, 700.0)),
-        kl=None if reference is None else divergence / predicted,
-        top1=None if reference is None else agreed / predicted,
-        reference_perplexity=None if reference is None else math.exp(min(reference_nll / predicted, 700.0)),
-        predicted=predicted,
-    )
+            reference_nll -= float(truth.gather(1, targets).sum(dtype=torch.float64))
+        for index, model in enumerate(models):
+            scores = torch.log_softmax(model(row[None])[0, :-1].float(), -1)
+            nll[index] -= float(scores.gather(1, targets).sum(dtype=torch.float64))
+            if truth is not None:
+                divergence[index] += float((truth.exp() * (truth - scores)).sum(dtype=torch.float64))
+                agreed[index] += int((truth.argmax(-1) == scores.argmax(-1)).sum())
+    predicted = sequences.shape[0] * (sequences.shape[1] - 1)
+    return [
+        Fidelity(
+            perplexity=_perplexity(nll[index], predicted),
+            kl=None if reference is None else divergence[index] / predicted,
+            top1=None if reference is None else agreed[index] / predicted,
+            reference_perplexity=None if reference is None else _perplexity(reference_nll, predicted),
+            predicted=predicted,
+        )
+        for index in range(len(models))
+    ]
+
+
+def _perplexity(nll: float, predicted: int) -> float:
+    return math.exp(min(nll / predicted, 700.0))

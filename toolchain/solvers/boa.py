@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolchain.grids import Grid
+from toolchain.grids import Grid, round_to_grid
 
 
 def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -> Tensor:
@@ -28,7 +28,6 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
     """
     n, rows, columns = weight.shape
     scales, zeros = grid.expand(columns)
-    smallest, largest = -(1 << (grid.format.bits - 1)), (1 << (grid.format.bits - 1)) - 1
     # Rows are stored in reverse order, p = rows - 1 - i: an anti-diagonal of (i, j) is then an ordinary diagonal
     # j - p = const, which torch hands out as a view, and its columns are one contiguous run.
     weight, scales, zeros = (tensor.flip(1).contiguous() for tensor in (weight, scales, zeros))
@@ -49,7 +48,7 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
         from_columns = (errors[:, first:last, :stop] * pull_columns[:, start:stop, :stop]).sum(-1)
         row_start = w - from_rows
         value = row_start - from_columns
-        code = torch.clamp(torch.round(value / scale) + zero, smallest, largest)
+        code = round_to_grid(value, scale, zero, grid.format.bits)
         rounded = (code - zero) * scale
         error_out.copy_((value - rounded) / pivots[:, start:stop])
         changes.diagonal(-offset, 1, 2).copy_(row_start - rounded)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from toolchain.grids import Grid
+from toolchain.grids import Grid, round_to_grid
 
 _BLOCK = 64
 
@@ -25,7 +25,6 @@ def solve(weight: Tensor, upper: Tensor, grid: Grid) -> Tensor:
     n, _, columns = weight.shape
     upper = upper.expand(n, columns, columns)
     scales, zeros = grid.expand(columns)
-    smallest, largest = -(1 << (grid.format.bits - 1)), (1 << (grid.format.bits - 1)) - 1
     open_weight = weight.clone()
     codes = torch.empty_like(weight)
     for start in range(0, columns, _BLOCK):
@@ -40,7 +39,7 @@ def solve(weight: Tensor, upper: Tensor, grid: Grid) -> Tensor:
         pivots = factor.diagonal(dim1=-2, dim2=-1)
         for j in range(stop - start):
             column, scale, zero = block[:, j], block_scales[:, j], block_zeros[:, j]
-            code = torch.clamp(torch.round(column / scale) + zero, smallest, largest)
+            code = round_to_grid(column, scale, zero, grid.format.bits)
             error = (column - (code - zero) * scale) / pivots[:, j, None]
             block_codes[:, j] = code
             errors[:, j] = error
