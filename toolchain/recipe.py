@@ -49,11 +49,17 @@ class EmbeddingFormat(_Frozen):
 
 
 class CalibrationSize(_Frozen):
-    """How much text the statistics see, and how much is held out to evaluate on."""
+    """How much text the statistics see, and how much is held out to evaluate on.
+
+    Attributes:
+        pool: candidates written per sequence used, of text that the model writes itself (`--calibration self`). Those
+            that match the pool's statistics best are chosen and weighted; 1 takes them as they come.
+    """
 
     sequences: int = Field(default=64, ge=1)
     sequence_length: int = Field(default=512, ge=8)
     held_out_sequences: int = Field(default=8, ge=1)
+    pool: float = Field(default=2.0, ge=1, le=16)
 
 
 class Recipe(_Frozen):

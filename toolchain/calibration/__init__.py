@@ -11,13 +11,14 @@ from torch import Tensor
 
 from boa_edge.errors import UsageError
 from boa_edge.files import sha256_file
+from toolchain.calibration.kept import kept_text
 from toolchain.calibration.named import DATASETS, dataset_sequences
-from toolchain.calibration.self_written import write_text
+from toolchain.calibration.pool import self_text
 from toolchain.loading import SourceModel
 from toolchain.recipe import CalibrationSize
 from toolchain.text import read_text, sequences, tokenize
 
-__all__ = ["DATASETS", "Calibration", "load_calibration"]
+__all__ = ["DATASETS", "Calibration", "kept_text", "load_calibration"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,24 @@ class Calibration:
         held_out: int64 [m, length], sequences that are not among the former unless `overlap`.
         overlap: the text was too short to hold anything out; errors measured on it are optimistic.
         source: where the text came from, JSON-ready.
+        weights: float64 [n], mean 1, how much each sequence counts in the statistics; None: all the same.
     """
 
     sequences: Tensor
     held_out: Tensor
     overlap: bool
     source: dict[str, Any]
+    weights: Tensor | None = None
 
 
-def load_calibration(choice: str | None, source: SourceModel, size: CalibrationSize, seed: int) -> Calibration:
+def load_calibration(
+    choice: str | None, source: SourceModel, size: CalibrationSize, seed: int, keep: Path | None = None
+) -> Calibration:
     """Calibration text by what the user wrote: a file, a data set's name, or `self` (also when None).
+
+    Args:
+        keep: directory in which text that the model writes is kept until the caller removes it, so that an
+            interrupted run does not write it again; None keeps nothing.
 
     Raises:
         UsageError, BoaEdgeError: no such file or name, a text shorter than one sequence, a hub out of reach.
@@ -46,8 +55,9 @@ def load_calibration(choice: str | None, source: SourceModel, size: CalibrationS
     length = min(size.sequence_length, source.spec.max_positions)
     wanted = size.sequences + size.held_out_sequences
     if choice is None or choice == "self":
-        rows = write_text(source, wanted, length, seed)
-        return _split(rows, size, {"source": "self", "seed": seed})
+        text = self_text(source, size, length, seed, keep)
+        facts = {"source": "self", "seed": seed, **text.facts}
+        return _described(text.sequences, text.held_out, False, facts, text.weights)
     path = Path(choice).expanduser()
     if path.is_file():
         rows = sequences(tokenize(read_text(path), source.tokenizer), length, path)
@@ -80,7 +90,9 @@ def _split(rows: Tensor, size: CalibrationSize, source: dict[str, Any]) -> Calib
     return _described(kept.contiguous(), rows[chosen].contiguous(), overlap, source)
 
 
-def _described(kept: Tensor, held_out: Tensor, overlap: bool, source: dict[str, Any]) -> Calibration:
+def _described(
+    kept: Tensor, held_out: Tensor, overlap: bool, source: dict[str, Any], weights: Tensor | None = None
+) -> Calibration:
     counts = {
         "sequences": kept.shape[0],
         "sequence_length": kept.shape[1],
@@ -88,4 +100,4 @@ def _described(kept: Tensor, held_out: Tensor, overlap: bool, source: dict[str, 
         "held_out_sequences": held_out.shape[0],
         "held_out_overlaps": overlap,
     }
-    return Calibration(kept, held_out, overlap, {**source, **counts})
+    return Calibration(kept, held_out, overlap, {**source, **counts}, weights)
