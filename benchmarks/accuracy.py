@@ -1,100 +1,374 @@
-"""Round to nearest, GPTQ and BoA side by side: same model, same calibration tokens, same evaluator.
+"""This project's methods and every peer side by side: one model, the same calibration tokens, one evaluator.
 
-    python -m benchmarks.accuracy --calibration valid.txt --text test.txt -o docs/benchmarks [--bits 4,3,2]
+    python -m benchmarks.accuracy --calibration valid.txt --text test.txt -o docs/benchmarks
 
-Each quantization runs in a process of its own (time and peak memory are its own); one process then evaluates all of
-them, so that the original's logits are computed once. Writes accuracy.json and accuracy.md.
+Each quantization runs in a process of its own, one at a time; what it leaves is the float weights that its codes stand
+for. They are put into the original, and KL(original || quantized) is measured on held-out text. Everything is kept in
+the work directory by what decides it, so that a run that is stopped goes on where it stopped. Writes accuracy.json,
+accuracy.md and accuracy.svg/.png, anew after every group of runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from boa_edge.files import write_json, write_text
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.ours import OURS, recipe_for
+from benchmarks.peers.harness import SUMMARY_FILE, WEIGHTS_FILE
+from benchmarks.peers.table import NOT_RUN, PEERS, EnvironmentFailure, Format, Peer, identity, last_error, python_of
+from benchmarks.report import Outcome, Protocol, write_report
+from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.files import output_directory, read_json, write_json
 from boa_edge.progress import say
-from boa_edge.quiet import quiet_libraries
-from toolchain.checkpoint import Checkpoint
-from toolchain.fake_quantized import FakeQuantized
-from toolchain.loading import load_source
-from toolchain.methods import METHODS
-from toolchain.metrics import Fidelity, evaluate_all
+from boa_edge.quiet import quiet_libraries, quiet_transformers
+from toolchain.loading import SourceModel, load_source
+from toolchain.metrics import evaluate_all
+from toolchain.recipe import load_recipe
 from toolchain.text import read_text, sequences, tokenize
 
-
-def _quantize(model: str, name: str, calibration: Path, work: Path) -> dict[str, float]:
-    output = work / name
-    summary = work / f"{name}.json"
-    if not summary.exists():
-        command = [sys.executable, "-m", "boa_edge.cli", "quantize", model, "--recipe", name]
-        command += ["--calibration", str(calibration), "-o", str(output), "--overwrite"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        summary.write_text(done.stdout.splitlines()[-1])
-    return json.loads(summary.read_text())
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = "w4g32,w4g128asym,w4asym,w3asym,w2asym"
+OURS_PREFIX = "boa-edge "
+# 200 steps per block are the tool's default; see docs/benchmarks for what they take.
+AUTOROUND_ITERATIONS = 200
+_EVALUATED_AT_ONCE, _EVALUATED_BYTES = 8, 6 << 30
 
 
-def _evaluate(model: str, names: list[str], text: Path, tokens: int, length: int, work: Path) -> list[Fidelity]:
-    source = load_source(model)
-    rows = sequences(tokenize(read_text(text), source.tokenizer)[:tokens], length, text)
-    original = FakeQuantized(source.model, source.spec, {})
-    candidates = []
-    for name in names:
-        checkpoint = Checkpoint(work / name)
-        modules = [*source.spec.linear_inputs(), source.spec.embedding]
-        weights = {module: checkpoint.quantized(module) for module in modules if checkpoint.is_quantized(module)}
-        candidates.append(FakeQuantized(source.model, source.spec, weights).logits)
-    return evaluate_all(candidates, rows, original.logits, "evaluating")
+@dataclass(frozen=True)
+class Setting:
+    """A format with the name it goes by; `asked` is the name before a group size that does not divide was halved."""
+
+    name: str
+    asked: str
+    format: Format
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table: a peer, or a variant of ours (`peer` None)."""
+
+    label: str
+    variant: str
+    peer: Peer | None
+    calibrated: bool
+
+    def refuses(self, wanted: Format) -> str | None:
+        """Why the method has no such format, or None."""
+        return self.peer.refuses(wanted) if self.peer else None
+
+
+def contenders() -> list[Contender]:
+    """All methods, ours first."""
+    own = [Contender(OURS_PREFIX + variant, variant, None, own.calibrated) for variant, own in OURS.items()]
+    return own + [Contender(label, peer.variant, peer, peer.calibrated) for label, peer in PEERS.items()]
 
 
 def main() -> None:
+    """The command line."""
+    arguments = parse(sys.argv[1:])
+    quiet_libraries()
+    quiet_transformers()
+    try:
+        outcomes = Benchmark(arguments).run()
+    except BoaEdgeError as error:
+        sys.exit(f"error: {error}")
+    rows = sum(outcome.row is not None for outcome in outcomes)
+    print(json.dumps({"rows": rows, "output": str(arguments.output)}, separators=(",", ":")))
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--bits", default="4,3,2")
-    parser.add_argument(
-        "--format", default="asym", help="what follows the bits in a recipe's name, such as asym or g32"
-    )
-    parser.add_argument("--tokens", type=int, default=24576)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--work", type=Path, help="where checkpoints are kept (default: a temporary directory)")
+    parser.add_argument("--calibration", type=Path, required=True, help="text file")
+    parser.add_argument("--text", type=Path, required=True, help="held-out text file")
+    parser.add_argument("--settings", default=SETTINGS, help=f"weight formats as in a recipe's name ({SETTINGS})")
+    parser.add_argument("--methods", default="", help="only methods whose label has one of these, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="of the choice of calibration text")
+    parser.add_argument("--sequences", type=int, default=64, help="of calibration text")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=24576, help="of held-out text")
+    parser.add_argument("--iterations", type=int, default=AUTOROUND_ITERATIONS, help="of AutoRound, per block")
+    cache = Path(os.environ.get("BOA_EDGE_CACHE") or ROOT / ".cache").expanduser().absolute()
+    parser.add_argument("--work", type=Path, default=cache / "bench-accuracy", help="where results are kept")
+    parser.add_argument("--environments", type=Path, default=cache / "peers", help="where peers are installed")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    quiet_libraries()
-    names = [f"w{bits}{arguments.format}-{method}" for bits in arguments.bits.split(",") for method in METHODS]
-    with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        made = [_quantize(arguments.model, name, arguments.calibration, work) for name in names]
-        scored = _evaluate(arguments.model, names, arguments.text, arguments.tokens, arguments.length, work)
-        rows = []
-        for name, summary, score in zip(names, made, scored, strict=True):
-            weights = Checkpoint(work / name).recipe["weights"]
-            rows.append(
-                {"method": name.rpartition("-")[2], "ours": True, **weights, "seed": 0}
-                | {"perplexity": score.perplexity, "kl": score.kl, "top1": score.top1}
-                | {
-                    "seconds": summary["seconds"],
-                    "peak_mb": summary["peak_mb"],
-                    "payload_bytes": summary["payload_bytes"],
-                }
+    return parser.parse_args(words)
+
+
+class Benchmark:
+    """One request, on its way."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.work: Path = arguments.work.absolute()
+        self.seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        self.contenders = chosen(arguments.methods)
+        self.source = load_source(arguments.model)
+        self.settings = [fitting(name, self.source) for name in arguments.settings.split(",")]
+        self.model = self._export()
+        self.model_key = _hash(self.source.files)
+        tokenizer = self.source.tokenizer
+        self.calibration = tokenize(read_text(arguments.calibration), tokenizer)
+        held_out = tokenize(read_text(arguments.text), tokenizer)[: arguments.tokens]
+        self.rows = sequences(held_out, arguments.length, arguments.text)
+        self.evaluation = f"evaluation-{tensor_hash(self.rows)}.json"
+        self.environments: dict[str, Path | str] = {}
+        self.own_version = own_version()
+        self.own_source = own_source()
+
+    def run(self) -> list[Outcome]:
+        """Quantize, evaluate and write, setting by setting and seed by seed."""
+        outcomes: list[Outcome] = []
+        for setting in self.settings:
+            for seed in self.seeds:
+                outcomes += self._group(setting, seed)
+                self.arguments.output.mkdir(parents=True, exist_ok=True)
+                write_report(self.arguments.output, outcomes, self._protocol())
+        return outcomes
+
+    def _group(self, setting: Setting, seed: int) -> list[Outcome]:
+        tokens = calibration_rows(self.calibration, self.arguments.sequences, self.arguments.length, seed)
+        path = self.work / "tokens" / f"{tensor_hash(tokens)}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"tokens": tokens}, path)
+        places: dict[str, Path] = {}
+        failures: dict[str, str] = {}
+        for contender in self.contenders:
+            if (refused := contender.refuses(setting.format)) is not None:
+                failures[contender.label] = f"not supported: {refused}"
+                continue
+            try:
+                places[contender.label] = self._quantize(contender, setting, seed, path)
+            except (EnvironmentFailure, RunFailure) as error:
+                failures[contender.label] = str(error)
+                say(f"{setting.name} {contender.label}: {error}")
+        self._evaluate(places)
+        outcomes = []
+        for contender in self.contenders:
+            place = places.get(contender.label)
+            row = self._row(contender, setting, seed, place) if place else None
+            notes = read_json(place / SUMMARY_FILE, "summary")["notes"] if place else []
+            reason = failures.get(contender.label)
+            outcomes.append(Outcome(setting.name, contender.label, contender.peer is None, seed, row, reason, notes))
+        return outcomes
+
+    def _quantize(self, contender: Contender, setting: Setting, seed: int, tokens: Path) -> Path:
+        """Directory of a finished run, made if it is not there."""
+        wanted = setting.format
+        peer = contender.peer
+        trains = peer is not None and peer.script == "autoround"
+        decides: dict[str, Any] = {
+            "model": self.model_key,
+            "tokens": tokens.stem if contender.calibrated else None,
+            "seed": seed if contender.calibrated else None,
+            "format": asdict(wanted),
+            "iterations": self.arguments.iterations if trains else None,
+        }
+        if peer is None:
+            recipe = recipe_for(contender.variant, wanted.bits, wanted.group_size, wanted.symmetric)
+            decides |= {"recipe": recipe.model_dump(), "source": self.own_source, "seed": None}
+        else:
+            decides |= {"script": peer.script, "identity": identity(peer)}
+        place = self.work / "runs" / _hash(decides)
+        if (place / self.evaluation).exists() or (place / WEIGHTS_FILE).exists():
+            return place
+        python = Path(sys.executable) if peer is None else self._python(peer)
+        command = [str(python), "-m", "benchmarks.ours" if peer is None else f"benchmarks.peers.{peer.script}"]
+        command += ["--model", str(self.model), "--tokens", str(tokens), "--seed", str(seed)]
+        command += ["--bits", str(wanted.bits), "--group-size", str(wanted.group_size or 0)]
+        command += ["--symmetric", str(int(wanted.symmetric)), "--variant", contender.variant]
+        command += ["--iterations", str(self.arguments.iterations)] if trains else []
+        say(f"{setting.name} {contender.label}, seed {seed}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with output_directory(place, overwrite=True) as partial:
+            run_quantizer([*command, "--out", str(partial)], partial, self.work / "logs" / f"{place.name}.log")
+            write_json(partial / "request.json", decides | {"method": contender.label})
+        return place
+
+    def _python(self, peer: Peer) -> Path:
+        """A peer's interpreter; its environment is tried once."""
+        key = peer.environment or ""
+        if key not in self.environments:
+            try:
+                self.environments[key] = python_of(peer, self.arguments.environments.absolute())
+            except EnvironmentFailure as error:
+                self.environments[key] = f"not installable here: {error}"
+        found = self.environments[key]
+        if isinstance(found, str):
+            raise EnvironmentFailure(found)
+        return found
+
+    def _evaluate(self, places: Mapping[str, Path]) -> None:
+        """Evaluate the runs that have not been, then drop their weights: a few hundred megabytes each."""
+        missing = list(dict.fromkeys(place for place in places.values() if not (place / self.evaluation).exists()))
+        size = sum(parameter.numel() * 4 for parameter in self.source.model.parameters())
+        at_once = max(1, min(_EVALUATED_AT_ONCE, _EVALUATED_BYTES // size))
+        original = with_weights(self.source.model, {})
+        for start in range(0, len(missing), at_once):
+            part = missing[start : start + at_once]
+            candidates = [with_weights(self.source.model, load_file(place / WEIGHTS_FILE)) for place in part]
+            what = f"evaluating {len(part)}"
+            for place, score in zip(part, evaluate_all(candidates, self.rows, original, what), strict=True):
+                write_json(place / self.evaluation, asdict(score))
+        for place in places.values():
+            (place / WEIGHTS_FILE).unlink(missing_ok=True)
+
+    def _row(self, contender: Contender, setting: Setting, seed: int, place: Path) -> dict[str, Any]:
+        summary = read_json(place / SUMMARY_FILE, "summary")
+        score = read_json(place / self.evaluation, "evaluation")
+        version = self.own_version if contender.peer is None else summary["version"]
+        return {
+            "method": contender.label,
+            "ours": contender.peer is None,
+            "setting": setting.name,
+            **asdict(setting.format),
+            "seed": seed,
+            "calibrated": contender.calibrated,
+            "kl": score["kl"],
+            "perplexity": score["perplexity"],
+            "reference_perplexity": score["reference_perplexity"],
+            "top1": score["top1"],
+            "seconds": summary["seconds"],
+            "peak_mb": summary["peak_mb"],
+            "version": version,
+        }
+
+    def _protocol(self) -> Protocol:
+        given = self.arguments
+        changed = {setting.asked: setting.name for setting in self.settings if setting.asked != setting.name}
+        labels = {contender.label for contender in self.contenders}
+        return Protocol(
+            model=self.source.identity,
+            calibration=f"{given.sequences} x {given.length} tokens of {given.calibration.name}",
+            seeds=self.seeds,
+            text=f"{self.rows.shape[0]} x {self.rows.shape[1]} tokens of {given.text.name}",
+            version=self.own_version,
+            changed_groups=changed,
+            not_run=NOT_RUN if any(label in labels for label in PEERS) else {},
+        )
+
+    def _export(self) -> Path:
+        """The original as a Hugging Face directory, which every quantizer reads."""
+        place = self.work / "models" / _hash(self.source.files)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with output_directory(place) as partial:
+                self.source.model.save_pretrained(partial)
+                self.source.tokenizer.save_pretrained(partial)
+        return place
+
+
+class RunFailure(Exception):
+    """A quantizer ended with an error; its last line."""
+
+
+def run_quantizer(command: list[str], place: Path, log: Path) -> None:
+    """Run one to its end, its output in `log`. RunFailure with its last line where it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Some tools write logs where they stand.
+    scratch = place.with_name(f"{place.name}.scratch")
+    scratch.mkdir()
+    try:
+        with log.open("w", encoding="utf-8") as out:
+            done = subprocess.run(
+                command, check=False, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
             )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output / "accuracy.json", rows)
-    head = (
-        "| weights | method | perplexity | KL (nats/token) | top-1 | seconds | peak MB |\n|---|---|---|---|---|---|---|"
-    )
-    lines = [head, f"| original | | {scored[0].reference_perplexity:.2f} | 0 | 100 % | | |"]
-    for name, row in zip(names, rows, strict=True):
-        figures = f"{row['perplexity']:.2f} | {row['kl']:.4f} | {row['top1']:.1%} | {row['seconds']:.0f}"
-        lines.append(f"| {name.partition('-')[0]} | {row['method']} | {figures} | {row['peak_mb']} |")
-    write_text(arguments.output / "accuracy.md", "\n".join(lines) + "\n")
-    say("\n".join(lines))
-    print(json.dumps({"rows": len(rows), "output": str(arguments.output)}, separators=(",", ":")))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if done.returncode:
+        told = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        raise RunFailure(f"failed: {last_error(told)} (exit {done.returncode}; {log.name})")
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Logits of `model` with some parameters replaced; the model itself is not touched."""
+    parameters = dict(weights)
+
+    def logits(tokens: Tensor) -> Tensor:
+        output = functional_call(model, parameters, (tokens,), {"use_cache": False}, tie_weights=False)
+        found: Tensor = output.logits
+        return found
+
+    return logits
+
+
+def calibration_rows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
+    """`count` windows of `length` tokens at places chosen by `seed`, none overlapping: int64 [count, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    spare = tokens.numel() - count * length
+    if spare < 0:
+        raise BoaEdgeError(f"the calibration text has {tokens.numel()} tokens, {count} x {length} are needed")
+    offset = int(torch.randint(min(length, spare + 1), (), generator=generator))
+    windows = tokens[offset : offset + (tokens.numel() - offset) // length * length].view(-1, length)
+    return windows[torch.randperm(windows.shape[0], generator=generator)[:count]].contiguous()
+
+
+def fitting(name: str, source: SourceModel) -> Setting:
+    """A setting by name, its group halved until it divides every linear's inputs."""
+    weights = load_recipe(f"{name}-rtn").weights
+    modules = [source.model.get_submodule(module) for module in source.spec.linear_inputs()]
+    columns = {module.weight.shape[1] for module in modules if isinstance(module.weight, Tensor)}
+    group = weights.group_size
+    while group is not None and any(count % group for count in columns):
+        group //= 2
+    found = name if group is None else name.replace(f"g{weights.group_size}", f"g{group}")
+    # Raises where not even the smallest group of a recipe divides.
+    weights = load_recipe(f"{found}-rtn").weights
+    return Setting(found, name, Format(weights.bits, weights.group_size, weights.symmetric))
+
+
+def chosen(words: str) -> list[Contender]:
+    """The methods that a filter leaves. UsageError where a word of it matches none."""
+    found = contenders()
+    wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
+    for word in wanted:
+        if not any(word in contender.label.lower() for contender in found):
+            raise UsageError(f"no method {word!r}", fix=f"There are: {', '.join(one.label for one in found)}")
+    return [one for one in found if not wanted or any(word in one.label.lower() for word in wanted)]
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Of a tensor's shape and values."""
+    return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()).hexdigest()[:12]
+
+
+def own_source() -> str:
+    """Of the sources that decide what this project's methods make."""
+    digest = hashlib.sha256()
+    for file in sorted((ROOT / "toolchain").rglob("*.py")):
+        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def own_version() -> str:
+    """The commit, `-dirty` where the tree has changes."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return f"boa-edge {done.stdout.strip()}" if done.returncode == 0 else "unknown"
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -148,14 +148,15 @@ def _candidate(low: Tensor, high: Tensor, shrink: Tensor, fmt: GridFormat, round
     levels = largest - smallest
     if fmt.symmetric:
         # absmax lands on the largest code for the unshrunk range.
-        scale = _round_scale(torch.maximum(-low, high) * shrink / largest, fmt)
+        scale = round_scale(torch.maximum(-low, high) * shrink / largest, fmt)
         return scale, torch.zeros_like(scale)
-    scale = _round_scale((high - low) * shrink / levels, fmt)
+    scale = round_scale((high - low) * shrink / levels, fmt)
     zero = rounding(-low * shrink / scale) + smallest
     return scale, zero.clamp(smallest, largest)
 
 
-def _round_scale(scale: Tensor, fmt: GridFormat) -> Tensor:
+def round_scale(scale: Tensor, fmt: GridFormat) -> Tensor:
+    """A scale as the format stores it, positive."""
     # An all-zero group still needs a positive scale; its codes are all zero, so any will do.
     scale = torch.where(scale < _SMALLEST_SCALE, torch.ones_like(scale), scale)
     return scale.to(torch.bfloat16).to(scale.dtype) if fmt.round_scales else scale.to(torch.float32).to(scale.dtype)

@@ -141,7 +141,7 @@ def _check_groups(source: SourceModel, recipe: Recipe) -> None:
 
 def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibration) -> ResumeFile | None:
     """Where this run keeps its finished blocks; none for a method that takes seconds."""
-    if not METHODS[recipe.method].needs_statistics:
+    if recipe.options is None:
         return None
     identity = {
         "model": source.files,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,3 +84,18 @@ class QuantizedWeight:
         if self.zero_points is not None:
             bits += self.zero_points.numel() * self.bits
         return (bits + 7) // 8
+
+
+def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of one format, one below the other."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    zeros = [weight.zero_points for weight in weights if weight.zero_points is not None]
+    return QuantizedWeight(
+        codes=torch.cat([weight.codes for weight in weights]),
+        scales=torch.cat([weight.scales for weight in weights]),
+        zero_points=torch.cat(zeros) if zeros else None,
+        bits=first.bits,
+        group_size=first.group_size,
+    )

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from boa_edge.errors import UsageError
 from toolchain.grids import GridFormat, ScaleSearch
 from toolchain.methods import METHODS
+from toolchain.options import Options
 
 DEFAULT_RECIPE = "w4g32-boa"
 _NAME = re.compile(r"w(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)")
@@ -81,6 +82,7 @@ class Recipe(_Frozen):
     scale_search: ScaleSearch | None = None
     round_scales: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
+    solver: Options | None = None
     calibration: CalibrationSize = CalibrationSize()
     seed: int = Field(default=0, ge=0)
 
@@ -88,7 +90,7 @@ class Recipe(_Frozen):
     def _known_method(self) -> Recipe:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; accepted: {', '.join(METHODS)}")
-        if self.search == "hessian" and not METHODS[self.method].needs_statistics:
+        if self.search == "hessian" and not METHODS[self.method].options:
             raise ValueError(f"scale_search 'hessian' needs statistics, and method {self.method!r} collects none")
         return self
 
@@ -96,6 +98,11 @@ class Recipe(_Frozen):
     def search(self) -> ScaleSearch:
         """The grid search in force."""
         return self.scale_search or METHODS[self.method].default_search
+
+    @property
+    def options(self) -> Options | None:
+        """The solver options in force; None for a method that needs no statistics."""
+        return self.solver or METHODS[self.method].options
 
     @property
     def grid_format(self) -> GridFormat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,71 +10,103 @@ import torch
 from torch import Tensor, nn
 
 from boa_edge.progress import track
+from toolchain.block import BlockRunner, Stream
+from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
 from toolchain.grids import Grid, GridFormat, find_grid
 from toolchain.loading import SourceModel
-from toolchain.methods import METHODS, BlockProblem, Settings, SolvedLayer
-from toolchain.quantized import QuantizedWeight
+from toolchain.options import Options
+from toolchain.quantized import QuantizedWeight, stack_rows
 from toolchain.recipe import EmbeddingFormat, Recipe
 from toolchain.resume import ResumeFile
+from toolchain.solve import Settings, SolvedLayer, round_stage, solve_stage
 from toolchain.solvers import rtn
-from toolchain.statistics.block import BlockCollector, BlockStatistics, causal_mask
+from toolchain.statistics.block import Wanted, collect
 
 _BATCH = 2
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """Codes of every quantized module, by name, with what the solver reported of each block linear."""
+    """Codes of every quantized module, by name, with what the solver reported of each projection.
+
+    Attributes:
+        layers: reports by module name; by `module:role` where several projections share a module.
+    """
 
     weights: dict[str, QuantizedWeight]
     layers: dict[str, dict[str, Any]]
 
 
 def quantize_model(
-    source: SourceModel, recipe: Recipe, sequences: Tensor | None, resume: ResumeFile | None = None
+    source: SourceModel,
+    recipe: Recipe,
+    sequences: Tensor | None,
+    resume: ResumeFile | None = None,
+    sequence_weights: Tensor | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it was.
 
     Args:
         sequences: calibration tokens int64 [n, length]; not needed by methods without statistics.
         resume: where finished blocks are kept, and taken from.
+        sequence_weights: [n], how much each sequence counts, mean 1; None for all alike.
 
     Raises:
         ArithmeticError: a Hessian that no damping mends.
     """
-    method = METHODS[recipe.method]
     settings = Settings(recipe.grid_format, recipe.search, recipe.damping)
+    options = recipe.options
     weights: dict[str, QuantizedWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
         finished = {index: block for index, _ in blocks if resume and (block := resume.load(index))}
-        stream = None
-        if method.needs_statistics and len(finished) < len(blocks):
+        texts = None
+        if options is not None and len(finished) < len(blocks):
             assert sequences is not None
-            stream = _BlockStream(source, sequences)
+            texts = _Texts(source, sequences, sequence_weights, options)
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
-            linears = {name: _linear(source.model, name) for name in names.linears()}
             done = finished.get(index)
+            last = index + 1 == len(blocks)
             if done is None:
-                statistics = stream.collect(index, names, linears, method.needs_attention) if stream else None
-                problem = BlockProblem(
-                    source.spec, names, {name: linear.weight for name, linear in linears.items()}, statistics
+                solved = (
+                    round_stage(_weights(source.model, names), settings)
+                    if texts is None or options is None
+                    else texts.solve(index, names, settings, options)
                 )
-                solved = method.solve_block(problem, settings)
-                done = (
-                    {name: layer.weight for name, layer in solved.items()},
-                    {name: _layer_report(recipe, layer) for name, layer in solved.items()},
-                )
+                done = _by_module(names, solved, recipe)
                 if resume:
                     resume.save(index, *done)
+                if texts is not None and not last:  # nobody reads what the last block puts out
+                    texts.advance()
+            elif texts is not None and not last:
+                texts.replay(index, names, done[0])
             weights |= done[0]
             layers |= done[1]
-            if stream and index + 1 < len(blocks):  # nobody reads what the last block puts out
-                stream.advance(index, linears, done[0])
         weights |= _quantize_tables(source, recipe.embedding, recipe.round_scales)
     return QuantizedModel(weights, layers)
+
+
+def _weights(model: nn.Module, names: LayerNames) -> dict[str, Tensor]:
+    """Original weights [out, in] of a block's projections, by role."""
+    return {role: _linear(model, part.module).weight.data[part.rows] for role, part in names.parts().items()}
+
+
+def _by_module(
+    names: LayerNames, solved: Mapping[str, SolvedLayer], recipe: Recipe
+) -> tuple[dict[str, QuantizedWeight], dict[str, dict[str, Any]]]:
+    """Codes by module, those of projections that share one stacked along its rows; and a report per projection."""
+    weights: dict[str, QuantizedWeight] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    members: dict[str, list[str]] = {}
+    for role, part in names.parts().items():
+        members.setdefault(part.module, []).append(role)
+    for module, roles in members.items():
+        weights[module] = stack_rows([solved[role].weight for role in roles])
+        for role in roles:
+            layers[module if len(roles) == 1 else f"{module}:{role}"] = _layer_report(recipe, solved[role])
+    return weights, layers
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -118,48 +150,80 @@ def _round_table(rows: Tensor, fmt: GridFormat) -> tuple[Grid, Tensor]:
     return grid, rtn.solve(rows, grid)
 
 
-class _BlockStream:
-    """The calibration text on its way through the model, as the inputs of the block at hand."""
+class _Texts:
+    """The calibration text on its way through the quantized model and, where wanted, through the original."""
 
-    def __init__(self, source: SourceModel, sequences: Tensor) -> None:
+    def __init__(
+        self, source: SourceModel, sequences: Tensor, sequence_weights: Tensor | None, options: Options
+    ) -> None:
         self._source = source
-        model = source.model
-        decoder = model.get_submodule("model")
-        assert isinstance(decoder.layers, nn.ModuleList)
-        self._blocks = decoder.layers
-        self._mask = causal_mask(sequences.shape[1], torch.float32)
-        embedding = model.get_submodule(source.spec.embedding)
-        self._hidden = [embedding(batch) for batch in sequences.split(_BATCH)]
-        positions = torch.arange(sequences.shape[1])[None]
-        rotary: Callable[..., tuple[Tensor, Tensor]] = decoder.get_submodule("rotary_emb")
-        self._position_ids = positions
-        self._position_embeddings = rotary(self._hidden[0], positions)
+        self._arguments, embed = entry(source.model, sequences.shape[1])
+        self._text = Stream([embed(batch) for batch in sequences.split(_BATCH)])
+        compares = options.deviation > 0 or options.residual > 0
+        self._reference = Stream(list(self._text.hidden)) if compares else None
+        self._token_weights = None
+        if sequence_weights is not None:
+            rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1])
+            self._token_weights = list(rows.split(_BATCH))
+        self._runner: BlockRunner | None = None
 
-    def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        output = block(
-            hidden,
-            attention_mask=self._mask,
-            position_ids=self._position_ids,
-            position_embeddings=self._position_embeddings,
-            use_cache=False,
-        )
-        return output[0] if isinstance(output, tuple) else output
+    def _open(self, index: int, names: LayerNames) -> BlockRunner:
+        model = self._source.model
+        modules = {name: _linear(model, name) for name in names.linears()}
+        self._runner = BlockRunner(decoder_layers(model)[index], names.parts(), modules, self._arguments[index])
+        return self._runner
 
-    def collect(self, index: int, names: LayerNames, linears: dict[str, nn.Linear], attention: bool) -> BlockStatistics:
-        """Statistics of block `index` at full precision, on the outputs of the quantized blocks before it."""
-        collector = BlockCollector(self._source.spec, names, linears, self._source.model.config, attention=attention)
-        with collector.collecting():
-            for hidden in self._hidden:
-                self._run(self._blocks[index], hidden)
-        return collector.statistics()
+    def solve(self, index: int, names: LayerNames, settings: Settings, options: Options) -> dict[str, SolvedLayer]:
+        """Statistics and codes of block `index`, stage by stage."""
+        runner = self._open(index, names)
+        wanted = Wanted(options.attention_rows != "none", options.residual)
+        solved: dict[str, SolvedLayer] = {}
+        with own_attention(self._source.model):
+            for stage in stages(runner, options):
+                statistics, kept = collect(
+                    runner, self._source.spec, stage, self._text, self._reference, wanted, self._token_weights
+                )
+                weights = {role: runner.original(role) for role in stage}
+                solved |= solve_stage(self._source.spec, weights, runner.original("o"), statistics, settings, options)
+                for role in stage:
+                    runner.settle(role, solved[role].weight.dequantize())
+                for role, inputs in kept.items():
+                    # In place of the inputs, which are large.
+                    for batch, x in enumerate(inputs):
+                        inputs[batch] = runner.output(role, x)
+                    self._text.outputs[role] = inputs
+        return solved
 
-    def advance(self, index: int, linears: dict[str, nn.Linear], quantized: dict[str, QuantizedWeight]) -> None:
-        """Run block `index` with its quantized weights; its outputs are the next block's inputs."""
-        originals = {name: linear.weight.data for name, linear in linears.items()}
-        try:
-            for name, linear in linears.items():
-                linear.weight.data = quantized[name].dequantize()
-            self._hidden = [self._run(self._blocks[index], hidden) for hidden in self._hidden]
-        finally:
-            for name, linear in linears.items():
-                linear.weight.data = originals[name]
+    def advance(self) -> None:
+        """On to the next block, through the settled weights of this one."""
+        assert self._runner is not None
+        with own_attention(self._source.model):
+            for batch in range(len(self._text.hidden)):
+                hidden = self._runner.run(self._text, batch, final=True).hidden
+                assert hidden is not None
+                self._text.following.append(hidden)
+        self._text.advance()
+        if self._reference is not None:
+            self._reference.advance()
+
+    def replay(self, index: int, names: LayerNames, weights: Mapping[str, QuantizedWeight]) -> None:
+        """On through a block that was finished in an earlier run."""
+        runner = self._open(index, names)
+        for role, part in names.parts().items():
+            runner.settle(role, weights[part.module].dequantize()[part.rows])
+        with own_attention(self._source.model):
+            if self._reference is not None:
+                for batch in range(len(self._reference.hidden)):
+                    hidden = runner.run(self._reference, batch, final=False).hidden
+                    assert hidden is not None
+                    self._reference.following.append(hidden)
+        self.advance()
+
+
+def stages(runner: BlockRunner, options: Options) -> list[tuple[str, ...]]:
+    """The projections of a block in groups that are solved together, in the order in which data flows."""
+    if not options.recollect:
+        return [tuple(runner.parts)]
+    queries: list[tuple[str, ...]] = [("q", "k", "v")] if options.attention_rows == "none" else [("q", "k"), ("v",)]
+    wanted = [*queries, ("o",), ("gate", "up"), ("down",)]
+    return [tuple(role for role in stage if role in runner.parts) for stage in wanted]

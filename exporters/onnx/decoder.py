@@ -76,6 +76,7 @@ class DecoderBuilder:
         context, keys, values = attend(g, q, k, v, bias, past, spec, scope(names.q).rpartition("/")[0])
         x = self._add(x, self._linear(context, names.o), names.o)
         h = self._norm(x, names.mlp_norm)
+        assert names.gate is not None
         gate, up = self._linear(h, names.gate), self._linear(h, names.up)
         path = scope(names.gate).rpartition("/")[0]
         sigmoid = g.op("Sigmoid", [gate], f"{path}/silu/Sigmoid")

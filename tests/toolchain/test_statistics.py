@@ -9,49 +9,52 @@ import torch
 from torch import Tensor
 
 from tests.toolchain.attention import Attention
+from toolchain.block import BlockRunner, Stream
+from toolchain.entry import entry, own_attention
 from toolchain.families import DecoderSpec
-from toolchain.loading import load_source
-from toolchain.methods import quadratic_loss
-from toolchain.statistics.block import BlockCollector, BlockStatistics, causal_mask
+from toolchain.loading import SourceModel, load_source
+from toolchain.solvers.refine import losses
+from toolchain.statistics.block import BlockStatistics, Wanted, collect
 from toolchain.statistics.rope import position_mean
 
 LENGTH, BATCH = 11, 3
 
 
 @pytest.fixture(scope="module")
-def block(tiny_model: Path) -> tuple[DecoderSpec, Attention, Tensor, BlockStatistics, dict[str, Tensor]]:
+def block(tiny_model: Path) -> tuple[DecoderSpec, Attention, Tensor, BlockStatistics]:
     source = load_source(str(tiny_model))
     model = source.model.double()
     layer = model.model.layers[0]
-    names = source.spec.layer_names[0]
-    linears = {name: model.get_submodule(name) for name in names.linears()}
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(BATCH, LENGTH, source.spec.hidden_size, generator=generator, dtype=torch.float64)
-    seen: dict[str, Tensor] = {}
-    for name, linear in linears.items():
-        linear.register_forward_pre_hook(lambda _m, inputs, name=name: seen.__setitem__(name, inputs[0]))
-    collector = BlockCollector(source.spec, names, linears, model.config, attention=True)
-    positions = torch.arange(LENGTH)[None]
-    with torch.no_grad(), collector.collecting():
-        for part in hidden.split(2):
-            embeddings = model.model.rotary_emb(part, positions)
-            layer(part, attention_mask=causal_mask(LENGTH, torch.float64), position_embeddings=embeddings)
+    runner = open_block(source)
+    with torch.no_grad(), own_attention(model):
+        stage = tuple(runner.parts)
+        statistics, _ = collect(runner, source.spec, stage, Stream(list(hidden.split(2))), None, Wanted(attention=True))
         x = layer.input_layernorm(hidden)
-    rotary = model.model.rotary_emb(hidden[:1], positions)
-    return source.spec, Attention(source.spec, layer, rotary), x, collector.statistics(), seen
+    rotary = model.model.rotary_emb(hidden[:1], torch.arange(LENGTH)[None])
+    return source.spec, Attention(source.spec, layer, rotary), x, statistics
+
+
+def open_block(source: SourceModel) -> BlockRunner:
+    """The first block of a model, ready to run on texts of LENGTH tokens."""
+    model, names = source.model, source.spec.layer_names[0]
+    arguments, _ = entry(model, LENGTH)
+    modules = {name: model.get_submodule(name) for name in names.linears()}
+    return BlockRunner(model.model.layers[0], names.parts(), modules, arguments[0])
 
 
 def test_input_hessians_are_twice_the_mean_outer_product(block) -> None:  # type: ignore[no-untyped-def]
-    spec, _, x, statistics, _ = block
+    spec, _, x, statistics = block
     flat = x.reshape(-1, spec.hidden_size)
     expected = 2 * flat.mT @ flat / flat.shape[0]
-    for name in (spec.layer_names[0].q, spec.layer_names[0].k, spec.layer_names[0].v):
-        assert torch.allclose(statistics.inputs[name], expected, atol=1e-9)
-    assert set(statistics.inputs) == set(spec.layer_names[0].linears())
+    for role in ("q", "k", "v"):
+        assert torch.allclose(statistics.inputs[role], expected, atol=1e-9)
+    assert set(statistics.inputs) == set(spec.layer_names[0].parts())
 
 
 def test_query_key_and_value_statistics_equal_attention_written_out(block) -> None:  # type: ignore[no-untyped-def]
-    spec, attention, x, statistics, _ = block
+    spec, attention, x, statistics = block
     q, k, _, a = attention.parts(x)
     tokens = BATCH * LENGTH
     assert torch.allclose(statistics.queries, 2 * torch.einsum("bhli,bhlj->hij", q, q) / tokens, atol=1e-9)
@@ -72,7 +75,7 @@ def test_query_key_and_value_statistics_equal_attention_written_out(block) -> No
 
 def test_value_hessian_is_the_exact_output_error_of_one_head(block) -> None:  # type: ignore[no-untyped-def]
     """V is exact in the attention output, cross-head terms of the group included (algorithms.md 1.2, 1.4)."""
-    spec, attention, x, _, _ = block
+    spec, attention, x, _ = block
     group, hd = spec.heads // spec.kv_heads, spec.head_dim
     change = torch.randn(hd, spec.hidden_size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     _, _, _, a = attention.parts(x)
@@ -91,7 +94,7 @@ def test_value_hessian_is_the_exact_output_error_of_one_head(block) -> None:  # 
 @pytest.mark.parametrize("projection", ["q", "k"])
 def test_row_hessians_of_q_and_k_predict_the_logit_error(block, projection: str) -> None:  # type: ignore[no-untyped-def]
     """BoA's relaxation is the error of the unmasked attention logits; for one position it is exact."""
-    spec, attention, x, _, _ = block
+    spec, attention, x, _ = block
     hd, group = spec.head_dim, spec.heads // spec.kv_heads
     change = torch.randn(hd, spec.hidden_size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     q, k, _, _ = attention.parts(x)
@@ -121,26 +124,101 @@ def test_row_hessians_of_q_and_k_predict_the_logit_error(block, projection: str)
     assert 0.3 < float(kronecker / BATCH / exact) < 3.0
 
 
-def test_attention_without_a_causal_mask_is_refused(block, tiny_model: Path) -> None:  # type: ignore[no-untyped-def]
+def test_attention_without_a_causal_mask_is_refused(tiny_model: Path) -> None:
     source = load_source(str(tiny_model))
-    model, names = source.model, source.spec.layer_names[0]
-    linears = {name: model.get_submodule(name) for name in names.linears()}
-    collector = BlockCollector(source.spec, names, linears, model.config, attention=True)
-    hidden = torch.randn(1, LENGTH, source.spec.hidden_size)
-    embeddings = model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
-    with torch.no_grad(), collector.collecting(), pytest.raises(AssertionError, match="above the diagonal"):
-        model.model.layers[0](hidden, attention_mask=None, position_embeddings=embeddings)
+    runner = open_block(source)
+    runner._arguments = {**runner._arguments, "attention_mask": None}
+    text = Stream([torch.randn(1, LENGTH, source.spec.hidden_size)])
+    with torch.no_grad(), own_attention(source.model), pytest.raises(AssertionError, match="above the diagonal"):
+        collect(runner, source.spec, ("q", "k", "v"), text, None, Wanted(attention=True))
 
 
-def test_collecting_leaves_the_block_as_it_was(tiny_model: Path) -> None:
+def test_a_block_run_in_stages_puts_out_what_it_puts_out_at_once(tiny_model: Path) -> None:
+    """Stored outputs, empty tensors before them and passes that end early change nothing."""
     source = load_source(str(tiny_model))
-    model, names = source.model, source.spec.layer_names[0]
-    linears = {name: model.get_submodule(name) for name in names.linears()}
-    before = model.config._attn_implementation
-    with BlockCollector(source.spec, names, linears, model.config, attention=True).collecting():
-        assert model.config._attn_implementation != before
-    assert model.config._attn_implementation == before
-    assert not any(linear._forward_pre_hooks for linear in linears.values())
+    generator = torch.Generator().manual_seed(6)
+    hidden = list(torch.randn(BATCH, LENGTH, source.spec.hidden_size, generator=generator).split(2))
+    with torch.no_grad(), own_attention(source.model):
+        runner = open_block(source)
+        text, reference = Stream(list(hidden)), Stream(list(hidden))
+        changed = {role: runner.original(role) * 1.1 for role in runner.parts}
+        expected_reference = [runner.run(reference, batch, final=False).hidden for batch in range(2)]
+        for stage in (("q", "k"), ("v",), ("o",), ("gate", "up"), ("down",)):
+            _, kept = collect(runner, source.spec, stage, text, reference, Wanted(attention=True, residual=1.0))
+            for role in stage:
+                runner.settle(role, changed[role])
+            for role, inputs in kept.items():
+                text.outputs[role] = [runner.output(role, x) for x in inputs]
+        staged = [runner.run(text, batch, final=True).hidden for batch in range(2)]
+        at_once = [runner.run(Stream(list(hidden)), batch, final=True).hidden for batch in range(2)]
+    for one, other in zip(staged, at_once, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    for one, other in zip(reference.following, expected_reference, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert not torch.allclose(staged[0], expected_reference[0], atol=1e-2)
+
+
+def test_running_a_block_leaves_it_as_it_was(tiny_model: Path) -> None:
+    source = load_source(str(tiny_model))
+    before = source.model.config._attn_implementation
+    originals = {name: value.clone() for name, value in source.model.state_dict().items()}
+    runner = open_block(source)
+    text = Stream([torch.randn(1, LENGTH, source.spec.hidden_size)])
+    with torch.no_grad(), own_attention(source.model):
+        runner.settle("q", runner.original("q") * 2)
+        collect(runner, source.spec, ("v",), text, None, Wanted(attention=True))
+    assert source.model.config._attn_implementation == before
+    for name, value in source.model.state_dict().items():
+        assert torch.equal(value, originals[name])
+    for module in source.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+        assert "forward" not in module.__dict__
+
+
+def test_targets_are_what_the_original_puts_out_for_the_changed_inputs(tiny_model: Path) -> None:
+    """W + (T - W H) H^-1 is the least-squares map from the changed inputs to the original outputs."""
+    source = load_source(str(tiny_model))
+    source.model.double()
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(16, LENGTH, source.spec.hidden_size, generator=generator, dtype=torch.float64)
+    other = hidden + 0.1 * torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad(), own_attention(source.model):
+        runner = open_block(source)
+        text, reference = Stream(list(other.split(4))), Stream(list(hidden.split(4)))
+        statistics, _ = collect(runner, source.spec, tuple(runner.parts), text, reference, Wanted(attention=False))
+        seen = [
+            runner.run(stream, batch, final=False, inputs=("gate", "down"), outputs=("gate", "down"))
+            for stream in (text, reference)
+            for batch in range(4)
+        ]
+    for role in ("gate", "down"):
+        x = torch.cat([taps.inputs[role] for taps in seen[:4]]).flatten(0, 1)
+        y = torch.cat([taps.outputs[role] for taps in seen[4:]]).flatten(0, 1)
+        weight, hessian = runner.original(role), statistics.inputs[role]
+        ridge = 1e-9 * torch.eye(hessian.shape[0], dtype=torch.float64) * hessian.diagonal().mean()
+        fitted = weight + (statistics.targets[role] - weight @ hessian) @ torch.linalg.inv(hessian + ridge)
+        expected = torch.linalg.lstsq(x, y).solution.mT
+        assert torch.allclose(fitted, expected, atol=1e-4)
+
+
+def test_token_weights_weigh_the_tokens(tiny_model: Path) -> None:
+    """A sequence of weight two counts as if it were there twice."""
+    source = load_source(str(tiny_model))
+    source.model.double()
+    hidden = torch.randn(2, LENGTH, source.spec.hidden_size, dtype=torch.float64)
+    twice = torch.cat([hidden, hidden[1:]])
+    weights = [torch.ones(1, LENGTH, dtype=torch.float64), torch.full((1, LENGTH), 2.0, dtype=torch.float64)]
+    stage = ("q", "k", "v", "o", "gate", "up", "down")
+    with torch.no_grad(), own_attention(source.model):
+        runner = open_block(source)
+        wanted = Wanted(attention=True)
+        weighted, _ = collect(runner, source.spec, stage, Stream(list(hidden.split(1))), None, wanted, weights)
+        plain, _ = collect(runner, source.spec, stage, Stream(list(twice.split(1))), None, wanted)
+    for role in stage:
+        assert torch.allclose(weighted.inputs[role], plain.inputs[role], atol=1e-9)
+    for part in ("keys", "queries", "values"):
+        assert torch.allclose(getattr(weighted, part), getattr(plain, part), atol=1e-9)
 
 
 def covariances(attention: Attention, x: Tensor, head: int) -> Tensor:
@@ -156,7 +234,7 @@ def covariances(attention: Attention, x: Tensor, head: int) -> Tensor:
 @pytest.mark.parametrize("projection", ["q", "k"])
 def test_the_attention_error_tends_to_its_quadratic_form(block, projection: str) -> None:  # type: ignore[no-untyped-def]
     """Softmax, causal mask, RoPE and grouped queries included; the ratio tends to 1 linearly (algorithms.md 1.10)."""
-    spec, attention, x, _, _ = block
+    spec, attention, x, _ = block
     hd, head = spec.head_dim, 3
     change = torch.randn(hd, spec.hidden_size, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     moved = attention.rotate(x @ change.mT)
@@ -184,11 +262,10 @@ def test_the_attention_error_tends_to_its_quadratic_form(block, projection: str)
 
 
 def test_the_loss_does_not_see_a_rotation_of_the_inputs(block) -> None:  # type: ignore[no-untyped-def]
-    spec, _, _, statistics, _ = block
-    name = spec.layer_names[0].gate
+    spec, _, _, statistics = block
     generator = torch.Generator().manual_seed(5)
     rotation = torch.linalg.qr(torch.randn(spec.hidden_size, spec.hidden_size, generator=generator).double())[0]
     change = torch.randn(1, 7, spec.hidden_size, generator=generator, dtype=torch.float64)
-    hessian = statistics.inputs[name][None]
+    hessian = statistics.inputs["gate"][None]
     turned = rotation.mT @ hessian @ rotation
-    assert quadratic_loss(change @ rotation, turned, None) == pytest.approx(quadratic_loss(change, hessian, None))
+    assert torch.allclose(losses(change @ rotation, turned, None), losses(change, hessian, None))

@@ -7,9 +7,9 @@ from typing import Any
 
 from boa_edge.errors import BoaEdgeError
 from toolchain.families import llama
-from toolchain.families.base import DecoderSpec, Family, LayerNames
+from toolchain.families.base import ROLES, DecoderSpec, Family, LayerNames, Part
 
-__all__ = ["FAMILIES", "DecoderSpec", "Family", "LayerNames", "describe", "family_of"]
+__all__ = ["FAMILIES", "ROLES", "DecoderSpec", "Family", "LayerNames", "Part", "describe", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
 

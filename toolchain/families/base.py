@@ -3,27 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one projection is stored: a module, and its rows [start, stop) where several projections share it."""
+
+    module: str
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Module names of one decoder block, as they stand in the safetensors file (without `.weight`)."""
+    """Module names of one decoder block, as they stand in the safetensors file (without `.weight`).
+
+    Attributes:
+        gate: None where the MLP has no gate.
+        shared_rows: rows [start, stop) of a projection inside its module, for those that share one.
+    """
 
     q: str
     k: str
     v: str
     o: str
-    gate: str
+    gate: str | None
     up: str
     down: str
     attention_norm: str
     mlp_norm: str
+    shared_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Part]:
+        """Where each projection is stored, by role, in the order in which data flows through them."""
+        modules = {role: getattr(self, role) for role in ROLES}
+        return {
+            role: Part(module, *self.shared_rows.get(role, (0, None))) for role, module in modules.items() if module
+        }
 
     def linears(self) -> tuple[str, ...]:
-        """The quantized linears, in the order in which data flows through them."""
-        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
+        """The modules that hold them, each once."""
+        return tuple(dict.fromkeys(part.module for part in self.parts().values()))
 
 
 @dataclass(frozen=True)
@@ -59,10 +87,10 @@ class DecoderSpec:
         """Input width of every block linear, by module name."""
         widths: dict[str, int] = {}
         for names in self.layer_names:
-            for name in (names.q, names.k, names.v, names.gate, names.up):
-                widths[name] = self.hidden_size
-            widths[names.o] = self.heads * self.head_dim
-            widths[names.down] = self.intermediate_size
+            for role, part in names.parts().items():
+                widths[part.module] = {"o": self.heads * self.head_dim, "down": self.intermediate_size}.get(
+                    role, self.hidden_size
+                )
         return widths
 
 

@@ -40,8 +40,13 @@ def _describe(config: Mapping[str, Any]) -> DecoderSpec:
     inverse, scaling = _rope(hf, head_dim)
     layers = tuple(
         LayerNames(
-            **{part: f"model.layers.{i}.self_attn.{part}_proj" for part in "qkvo"},
-            **{part: f"model.layers.{i}.mlp.{part}_proj" for part in ("gate", "up", "down")},
+            q=f"model.layers.{i}.self_attn.q_proj",
+            k=f"model.layers.{i}.self_attn.k_proj",
+            v=f"model.layers.{i}.self_attn.v_proj",
+            o=f"model.layers.{i}.self_attn.o_proj",
+            gate=f"model.layers.{i}.mlp.gate_proj",
+            up=f"model.layers.{i}.mlp.up_proj",
+            down=f"model.layers.{i}.mlp.down_proj",
             attention_norm=f"model.layers.{i}.input_layernorm",
             mlp_norm=f"model.layers.{i}.post_attention_layernorm",
         )

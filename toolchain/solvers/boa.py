@@ -6,16 +6,24 @@ every later row i' moved by -(U_r[i, i'] / U_r[i, i]) (w_i - q_i), w_i being row
 error that the column pass spreads telescopes to that difference).
 
 The rows need not wait for each other. Entry (i, j) depends on the earlier columns of its own row and on the earlier
-rows in its own column only, so all entries of an anti-diagonal i + j = t are independent. This solver walks the
-anti-diagonals: rows + columns - 1 batched steps instead of rows * columns, with the same result.
+rows in its own column only, so all entries of an anti-diagonal i + j = t are independent. The same holds for square
+tiles of entries: tiles of an anti-diagonal are solved as one batch, what they take from the tiles to the left and above
+comes from matrix products, and inside a tile the anti-diagonals are walked. Same result as one entry at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from toolchain.grids import Grid, round_to_grid
+
+_TILE = 64
+
+# (rows of the weight as they stand now [n, N, columns]) -> their grid.
+Regrid = Callable[[Tensor], Grid]
 
 
 def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -> Tensor:
@@ -26,31 +34,166 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
         upper_column: [1 or n, columns, columns], U_c.
         upper_row: [n, rows, rows], U_r.
     """
-    n, rows, columns = weight.shape
-    scales, zeros = grid.expand(columns)
+    state = _State(weight, upper_column, upper_row, _TILE)
+    state.set_grid(grid, 0)
+    for front in range(state.row_tiles + state.column_tiles - 1):
+        first = max(0, front - state.column_tiles + 1)
+        state.solve_tiles([(i, front - i) for i in range(first, min(front + 1, state.row_tiles))])
+    return state.result()
+
+
+def solve_adaptive(
+    weight: Tensor, upper_column: Tensor, upper_row: Tensor, regrid: Regrid, joint_rows: int
+) -> tuple[Tensor, Grid]:
+    """The same, with the grid of every `joint_rows` rows found once the rows before them are solved, from the weights
+    as these have left them (TurboBoA's adaptive grids, arXiv 2602.04929; its rows of a block ignore each other, ours do
+    not).
+
+    Returns: codes [n, rows, columns] and their grid.
+    """
+    state = _State(weight, upper_column, upper_row, joint_rows)
+    grids = []
+    for i in range(state.row_tiles):
+        grids.append(regrid(state.row_start(i)))
+        state.set_grid(grids[-1], i * joint_rows)
+        for j in range(state.column_tiles):
+            state.solve_tiles([(i, j)])
+    scales, zeros = (torch.cat([getattr(g, part) for g in grids], 1) for part in ("scales", "zeros"))
+    return state.result(), Grid(scales, zeros, grids[0].format)
+
+
+class _State:
+    """The weight, padded to whole tiles, and what has been solved of it."""
+
+    def __init__(self, weight: Tensor, upper_column: Tensor, upper_row: Tensor, tile_rows: int) -> None:
+        _, self.rows, self.columns = weight.shape
+        self.tile_rows = min(tile_rows, self.rows)
+        self.row_tiles = -(-self.rows // self.tile_rows)
+        self.tile_columns = min(_TILE, self.columns)
+        self.column_tiles = -(-self.columns // self.tile_columns)
+        rows, columns = self.row_tiles * self.tile_rows, self.column_tiles * self.tile_columns
+        self._weight = _pad(weight, rows, columns)
+        self._upper_column = _pad_factor(upper_column, columns)
+        upper = _pad_factor(upper_row, rows)
+        # What row i takes of the change of an earlier row i': U_r[i', i] / U_r[i', i'].
+        self._pull_rows = (upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).triu(1).mT.contiguous()
+        self._pull_columns = self._upper_column.triu(1)
+        self._pivots = self._upper_column.diagonal(dim1=-2, dim2=-1)
+        self._scales = torch.ones_like(self._weight)
+        self._zeros = torch.zeros_like(self._weight)
+        self._codes = torch.zeros_like(self._weight)
+        self._changes = torch.zeros_like(self._weight)
+        self._errors = torch.zeros_like(self._weight)
+        self._bits = 0
+
+    def set_grid(self, grid: Grid, first_row: int) -> None:
+        """The grid of the rows from `first_row` on."""
+        scales, zeros = grid.expand(self.columns)
+        stop = first_row + scales.shape[1]
+        self._scales[:, first_row:stop, : self.columns] = scales
+        self._zeros[:, first_row:stop, : self.columns] = zeros
+        self._bits = grid.format.bits
+
+    def _row_slice(self, i: int) -> slice:
+        return slice(i * self.tile_rows, (i + 1) * self.tile_rows)
+
+    def _column_slice(self, j: int) -> slice:
+        return slice(j * self.tile_columns, (j + 1) * self.tile_columns)
+
+    def row_start(self, i: int) -> Tensor:
+        """Row tile i as the solved rows have left it, [n, N, columns]; fewer rows in a ragged last tile."""
+        rows = self._row_slice(i)
+        start = self._weight[:, rows] - self._pull_rows[:, rows, : rows.start] @ self._changes[:, : rows.start]
+        return start[:, : self.rows - rows.start, : self.columns]
+
+    def solve_tiles(self, tiles: list[tuple[int, int]]) -> None:
+        """Solve tiles that do not depend on each other; those to the left and above are solved."""
+        starts, taken, pulls_rows, pulls_columns, pivots, scales, zeros = [], [], [], [], [], [], []
+        heads = self._weight.shape[0]
+        for i, j in tiles:
+            rows, columns = self._row_slice(i), self._column_slice(j)
+            above = self._pull_rows[:, rows, : rows.start] @ self._changes[:, : rows.start, columns]
+            starts.append(self._weight[:, rows, columns] - above)
+            taken.append(self._errors[:, rows, : columns.start] @ self._pull_columns[:, : columns.start, columns])
+            pulls_rows.append(self._pull_rows[:, rows, rows])
+            pulls_columns.append(self._pull_columns[:, columns, columns].expand(heads, -1, -1))
+            pivots.append(self._pivots[:, columns].expand(heads, -1))
+            scales.append(self._scales[:, rows, columns])
+            zeros.append(self._zeros[:, rows, columns])
+        codes, changes, errors = _walk(
+            torch.cat(starts),
+            torch.cat(taken),
+            torch.cat(pulls_rows),
+            torch.cat(pulls_columns),
+            torch.cat(pivots),
+            torch.cat(scales),
+            torch.cat(zeros),
+            self._bits,
+        )
+        for index, (i, j) in enumerate(tiles):
+            own, rows, columns = slice(index * heads, (index + 1) * heads), self._row_slice(i), self._column_slice(j)
+            self._codes[:, rows, columns] = codes[own]
+            self._changes[:, rows, columns] = changes[own]
+            self._errors[:, rows, columns] = errors[own]
+
+    def result(self) -> Tensor:
+        return self._codes[:, : self.rows, : self.columns].contiguous()
+
+
+def _walk(
+    start: Tensor,
+    taken: Tensor,
+    pull_rows: Tensor,
+    pull_columns: Tensor,
+    pivots: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve a batch of tiles by their anti-diagonals.
+
+    Args:
+        start: [m, rows, columns], the weight less what the rows above the tile have pushed onto it.
+        taken: [m, rows, columns], what the columns to the left have pushed onto it.
+        pull_rows: [m, rows, rows], strictly lower; pull_columns: [m, columns, columns], strictly upper.
+    Returns:
+        codes, changes (the row before its column pass, less its rounded value) and errors, all [m, rows, columns].
+    """
     # Rows are stored in reverse order, p = rows - 1 - i: an anti-diagonal of (i, j) is then an ordinary diagonal
     # j - p = const, which torch hands out as a view, and its columns are one contiguous run.
-    weight, scales, zeros = (tensor.flip(1).contiguous() for tensor in (weight, scales, zeros))
-    coupling = upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    # pull_rows[p, p'] is what row p takes of the change of row p' > p (an earlier one): U_r[i', i] / U_r[i', i'].
-    pull_rows = coupling.triu(1).mT.flip(1, 2).contiguous()
-    pivots = upper_column.diagonal(dim1=-2, dim2=-1)
-    pull_columns = upper_column.triu(1).mT.contiguous()  # row j: what column j takes of each earlier column's error
-    errors = torch.zeros_like(weight)  # e[p, j]
-    changes = torch.zeros(n, columns, rows, dtype=weight.dtype, device=weight.device)  # (w_start - q)[j, p]
-    codes = torch.empty_like(weight)
-    diagonals = [tensor.diagonal for tensor in (weight, scales, zeros, errors, codes)]
+    m, rows, columns = start.shape
+    start, taken, scales, zeros = (tensor.flip(1) for tensor in (start, taken, scales, zeros))
+    pull_rows = pull_rows.flip(1, 2).contiguous()  # [p, p'], p' > p the earlier rows
+    pull_columns = pull_columns.mT.contiguous()  # row j: what column j takes of each earlier column's error
+    errors = torch.zeros_like(start)
+    changes = start.new_zeros(m, columns, rows)  # transposed
+    codes = torch.empty_like(start)
+    diagonals = [tensor.diagonal for tensor in (start, taken, scales, zeros, errors, codes)]
     for offset in range(1 - rows, columns):
         first, last = max(0, -offset), min(rows, columns - offset)  # rows p in [first, last), columns j = p + offset
-        start, stop = first + offset, last + offset
-        w, scale, zero, error_out, code_out = (view(offset, 1, 2) for view in diagonals)
-        from_rows = (changes[:, start:stop] * pull_rows[:, first:last]).sum(-1)
-        from_columns = (errors[:, first:last, :stop] * pull_columns[:, start:stop, :stop]).sum(-1)
+        left, right = first + offset, last + offset
+        w, pushed, scale, zero, error_out, code_out = (view(offset, 1, 2) for view in diagonals)
+        from_rows = (changes[:, left:right] * pull_rows[:, first:last]).sum(-1)
+        from_columns = (errors[:, first:last, :right] * pull_columns[:, left:right, :right]).sum(-1)
         row_start = w - from_rows
-        value = row_start - from_columns
-        code = round_to_grid(value, scale, zero, grid.format.bits)
+        value = row_start - pushed - from_columns
+        code = round_to_grid(value, scale, zero, bits)
         rounded = (code - zero) * scale
-        error_out.copy_((value - rounded) / pivots[:, start:stop])
+        error_out.copy_((value - rounded) / pivots[:, left:right])
         changes.diagonal(-offset, 1, 2).copy_(row_start - rounded)
         code_out.copy_(code)
-    return codes.flip(1)
+    return codes.flip(1), changes.mT.flip(1), errors.flip(1)
+
+
+def _pad(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, columns - tensor.shape[2], 0, rows - tensor.shape[1]))
+
+
+def _pad_factor(upper: Tensor, size: int) -> Tensor:
+    """A factor of a Hessian to which inputs are added that nothing depends on."""
+    missing = size - upper.shape[-1]
+    if not missing:
+        return upper
+    padded = _pad(upper, size, size)
+    padded.diagonal(dim1=-2, dim2=-1)[:, upper.shape[-1] :] = 1
+    return padded

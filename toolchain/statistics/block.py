@@ -1,202 +1,214 @@
-"""What BoA and GPTQ need to know of one decoder block, collected in one forward pass over the calibration text.
+"""The statistics of one stage of a decoder block: what its solvers need, collected in one pass over the text.
 
-The block's linears are hooked for their inputs; its attention is routed, by the extension point that `transformers`
-offers, through a function that sees queries and keys after RoPE and the attention weights themselves. All covariances
-are means over tokens times two, the Hessians of a squared error.
+All second moments are means over tokens times two, the Hessians of a squared error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from toolchain.families import DecoderSpec, LayerNames
+from toolchain.block import BlockRunner, Stream
+from toolchain.families import DecoderSpec
+from toolchain.statistics.attention import AttentionRecorder, Handler
+from toolchain.statistics.covariance import Covariance, CrossCovariance
 
-_RECORDER = "boa_edge_recorder"
-_active: list[_Recorder] = []
+# Projections that read the same input: one covariance, taken at the first of them.
+_SHARED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+# Their outputs, not their inputs, are compared with the full-precision model's.
+_COMPARED_BY_OUTPUT = ("o", "down")
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Statistics of one block.
+    """Statistics of the projections of one stage.
 
     Attributes:
-        inputs: column Hessians 2 E[x x^T] by linear name, [in, in]; linears that share an input share the tensor.
-        keys: 2 E[k k^T] after RoPE, [kv_heads, hd, hd].
-        queries: 2 E[q q^T] after RoPE, [heads, hd, hd].
-        values: per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads with weights
-            |W_O,h|^2, [kv_heads, in, in]; None where attention was not recorded.
+        inputs: column Hessians 2 E[x x^T] by role, [in, in]; roles that share an input share the tensor.
+        targets: 2 E[y x^T] by role, [out, in], y what the projection should put out for its input x: what it puts out
+            in the full-precision model (and, where asked for, what the residual stream lacks); empty without reference.
+        keys: 2 E[k k^T] after RoPE, [kv_heads, hd, hd]; None where not collected.
+        queries: 2 E[q q^T] after RoPE, [heads, hd, hd]; None where not collected.
+        values: per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads with weights |W_O,h|^2,
+            [kv_heads, in, in]; None where not collected.
         positions: sequence length, over which the RoPE mean is taken.
     """
 
     inputs: dict[str, Tensor]
-    keys: Tensor | None
-    queries: Tensor | None
-    values: Tensor | None
-    positions: int
+    targets: dict[str, Tensor] = field(default_factory=dict)
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    values: Tensor | None = None
+    positions: int = 0
 
 
-@dataclass
-class _Covariance:
-    """Running 2 E[x x^T] over tokens."""
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be collected.
 
-    total: Tensor
-    tokens: int = 0
-
-    def add(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        self.total.addmm_(rows.mT, rows)
-        self.tokens += rows.shape[0]
-
-    def hessian(self) -> Tensor:
-        return self.total * (2.0 / self.tokens)
-
-
-@dataclass
-class _Recorder:
-    """Accumulates the attention statistics of the block that is running."""
-
-    spec: DecoderSpec
-    head_weights: Tensor  # [heads], mean 1 within each group
-    keys: Tensor
-    queries: Tensor
-    values: Tensor
-    x: Tensor | None = None
-    tokens: int = 0
-    positions: int = field(default=0)
-
-    def record(self, query: Tensor, key: Tensor, weights: Tensor) -> None:
-        """query [B, H, L, hd], key [B, G, L, hd] after RoPE, weights [B, H, L, L], which are overwritten."""
-        assert self.x is not None
-        if float(weights.triu(1).amax()) != 0.0:
-            raise AssertionError("attention weights lie above the diagonal: the causal mask is missing")
-        batch, heads, length, hd = query.shape
-        groups = key.shape[1]
-        for total, values in ((self.queries, query), (self.keys, key)):
-            flat = values.transpose(0, 1).reshape(-1, batch * length, hd)
-            total.baddbmm_(flat.mT, flat)
-        # Per key-value head: sum over its query heads of A_h^T A_h, then X^T (.) X; one product for the whole group.
-        weights *= self.head_weights.sqrt()[:, None, None]
-        stacked = weights.view(batch, groups, heads // groups * length, length)
-        for sequence in range(batch):
-            x = self.x[sequence]
-            mixing = torch.bmm(stacked[sequence].mT, stacked[sequence])
-            self.values.baddbmm_(x.mT.expand(groups, -1, -1), mixing @ x)
-        self.tokens += batch * length
-        self.positions = length
-
-
-def _recording_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Plain softmax attention under the mask that the block was given; shapes as `transformers` passes them."""
-    groups = query.shape[1] // key.shape[1]
-    scores = (query * scaling) @ key.repeat_interleave(groups, 1).mT
-    if attention_mask is not None:
-        scores += attention_mask
-    weights = torch.softmax(scores, -1)
-    output = weights @ value.repeat_interleave(groups, 1)
-    for recorder in _active:
-        recorder.record(query, key, weights)
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_RECORDER, _recording_attention)
-
-
-def causal_mask(length: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [1, 1, length, length]: 0 at and below the diagonal, the lowest finite number above."""
-    full = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype)
-    return full.triu(1)[None, None]
-
-
-class BlockCollector:
-    """Collects the statistics of one block while the caller runs it.
-
-    Args:
-        linears: the block's linears by name.
-        names: which of them is which.
-        attention: also collect what the two-sided Hessians need.
+    Attributes:
+        attention: the statistics of two-sided Hessians.
+        residual: how much of the residual stream's deviation `o` and `down` are to make up for.
     """
 
-    def __init__(
-        self, spec: DecoderSpec, names: LayerNames, linears: dict[str, nn.Linear], config: Any, *, attention: bool
-    ) -> None:
-        self._names, self._linears, self._config = names, linears, config
-        # Linears that read the same tensor share one covariance, taken at the first of them.
-        self._shared = {names.q: (names.q, names.k, names.v), names.gate: (names.gate, names.up)}
-        self._shared |= {names.o: (names.o,), names.down: (names.down,)}
-        self._covariances = {
-            first: _Covariance(linears[first].weight.new_zeros(linears[first].in_features, linears[first].in_features))
-            for first in self._shared
-        }
-        self._recorder: _Recorder | None = None
-        if attention:
-            o = linears[names.o].weight
-            per_head = o.square().view(o.shape[0], spec.heads, spec.head_dim).sum((0, 2))
-            grouped = per_head.view(spec.kv_heads, -1)
-            hd, d = spec.head_dim, spec.hidden_size
-            self._recorder = _Recorder(
-                spec=spec,
-                head_weights=(grouped / grouped.mean(1, keepdim=True).clamp_min(1e-30)).reshape(-1),
-                keys=o.new_zeros(spec.kv_heads, hd, hd),
-                queries=o.new_zeros(spec.heads, hd, hd),
-                values=o.new_zeros(spec.kv_heads, d, d),
-            )
+    attention: bool
+    residual: float = 0.0
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Hooks are in place inside this context."""
-        handles = [self._linears[first].register_forward_pre_hook(self._hook(first)) for first in self._shared]
-        implementation = self._config._attn_implementation
-        if self._recorder is not None:
-            self._config._attn_implementation = _RECORDER
-            _active.append(self._recorder)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            if self._recorder is not None:
-                _active.remove(self._recorder)
-                self._config._attn_implementation = implementation
 
-    def _hook(self, first: str) -> Any:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._covariances[first].add(inputs[0])
-            if first == self._names.q and self._recorder is not None:
-                self._recorder.x = inputs[0]
+def collect(
+    runner: BlockRunner,
+    spec: DecoderSpec,
+    stage: tuple[str, ...],
+    text: Stream,
+    reference: Stream | None,
+    wanted: Wanted,
+    token_weights: list[Tensor] | None = None,
+) -> tuple[BlockStatistics, dict[str, list[Tensor]]]:
+    """Run the block on `text` as far as the projections of `stage` need, and on the full-precision `reference`.
 
-        return record
-
-    def statistics(self) -> BlockStatistics:
-        """What was collected so far."""
-        inputs: dict[str, Tensor] = {}
-        for first, members in self._shared.items():
-            hessian = self._covariances[first].hessian()
-            inputs.update(dict.fromkeys(members, hessian))
-        recorder = self._recorder
-        if recorder is None:
-            return BlockStatistics(inputs, None, None, None, 0)
-        factor = 2.0 / recorder.tokens
-        group = recorder.spec.heads // recorder.spec.kv_heads
-        return BlockStatistics(
-            inputs=inputs,
-            keys=recorder.keys * factor,
-            queries=recorder.queries * factor,
-            values=recorder.values * (factor / group),
-            positions=recorder.positions,
+    Args:
+        stage: roles, in the order in which data flows; those before it are settled in `runner`.
+        reference: the same text as the full-precision model sees it; its outputs are kept in it as they become known.
+        token_weights: [B, L] per batch, or None for all one.
+    Returns:
+        the statistics, and the inputs of a stage's only projection per batch, to compute its output from.
+    """
+    groups = [tuple(role for role in shared if role in stage and role in runner.parts) for shared in _SHARED]
+    groups = [group for group in groups if group]
+    firsts = tuple(group[0] for group in groups)
+    weight = runner.original(firsts[0])
+    covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in firsts}
+    crosses = {first: _cross(runner, first, weight) for first in firsts} if reference is not None else {}
+    recorder = _recorder(runner, spec, stage, firsts) if wanted.attention else None
+    keeps = stage in (("o",), ("down",))
+    kept: list[Tensor] = []
+    for batch in range(len(text.hidden)):
+        weights = None if token_weights is None else token_weights[batch]
+        if recorder is not None:
+            recorder.token_weights = weights
+        taps = runner.run(
+            text,
+            batch,
+            final=True,
+            inputs=firsts,
+            attention=_handler_maker(recorder, firsts[0]),
+            stop_before=None if recorder is not None and recorder.stops else firsts[-1],
         )
+        for first in firsts:
+            covariances[first].add(taps.inputs[first], weights)
+        if keeps:
+            kept.append(taps.inputs[stage[0]])
+        if reference is not None:
+            _compare(runner, text, reference, batch, firsts, taps.inputs, crosses, wanted.residual, weights)
+    inputs: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    for group in groups:
+        inputs |= dict.fromkeys(group, covariances[group[0]].hessian())
+        if reference is not None:
+            mean = crosses[group[0]].mean()
+            targets |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
+    statistics = BlockStatistics(inputs, targets, positions=text.hidden[0].shape[1])
+    if recorder is not None:
+        statistics = recorder_statistics(statistics, recorder, spec)
+    return statistics, {stage[0]: kept} if keeps else {}
+
+
+def _cross(runner: BlockRunner, first: str, like: Tensor) -> CrossCovariance:
+    rows, columns = runner.original(first).shape
+    return CrossCovariance(rows if first in _COMPARED_BY_OUTPUT else columns, columns, like)
+
+
+def _recorder(
+    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], firsts: tuple[str, ...]
+) -> AttentionRecorder | None:
+    if firsts[0] not in ("q", "k", "v"):
+        return None
+    output = runner.original("o")
+    per_head = output.square().view(output.shape[0], spec.heads, spec.head_dim).sum((0, 2)).view(spec.kv_heads, -1)
+    head_weights = (per_head / per_head.mean(1, keepdim=True).clamp_min(1e-30)).reshape(-1)
+    return AttentionRecorder(
+        spec.kv_heads,
+        spec.head_dim,
+        spec.hidden_size,
+        head_weights,
+        logits="q" in stage or "k" in stage,
+        values="v" in stage,
+        stops=len(firsts) == 1,
+    )
+
+
+def recorder_statistics(known: BlockStatistics, recorder: AttentionRecorder, spec: DecoderSpec) -> BlockStatistics:
+    """`known`, with what the recorder has seen."""
+    factor = 2.0 / recorder.weight
+    group = spec.heads // spec.kv_heads
+    return BlockStatistics(
+        inputs=known.inputs,
+        targets=known.targets,
+        keys=recorder.keys * factor if recorder.logits else None,
+        queries=recorder.queries * factor if recorder.logits else None,
+        values=recorder.values * (factor / group) if recorder.values is not None else None,
+        positions=known.positions,
+    )
+
+
+def _handler_maker(recorder: AttentionRecorder | None, first: str):  # type: ignore[no-untyped-def]
+    if recorder is None:
+        return None
+
+    def make(inputs: Mapping[str, Tensor]) -> Handler:
+        def handler(*arguments: object) -> Tensor | None:
+            recorder.x = inputs[first]
+            return recorder(*arguments)  # type: ignore[arg-type]
+
+        return handler
+
+    return make
+
+
+def _compare(
+    runner: BlockRunner,
+    text: Stream,
+    reference: Stream,
+    batch: int,
+    firsts: tuple[str, ...],
+    inputs: dict[str, Tensor],
+    crosses: dict[str, CrossCovariance],
+    residual: float,
+    weights: Tensor | None,
+) -> None:
+    """Run the reference as far, and correlate it with the inputs of the text's projections."""
+    by_output = tuple(first for first in firsts if first in _COMPARED_BY_OUTPUT)
+    by_input = tuple(first for first in firsts if first not in _COMPARED_BY_OUTPUT)
+    taps = runner.run(
+        reference,
+        batch,
+        final=False,
+        inputs=by_input,
+        outputs=by_output,
+        stop_before=by_input[-1] if not by_output else None,
+        stop_after="o" if by_output == ("o",) and firsts[-1] == "o" else None,
+    )
+    for first in by_input:
+        crosses[first].add(taps.inputs[first], inputs[first], weights)
+    for first in by_output:
+        wanted = taps.outputs[first]
+        bias = runner.bias(first)
+        wanted = wanted if bias is None else wanted - bias
+        if residual:
+            wanted = wanted + residual * _lag(text, reference, batch, first).view_as(wanted)
+        crosses[first].add(wanted, inputs[first], weights)
+    if "o" in by_output and firsts[-1] == "o":
+        reference.outputs.setdefault("o", []).append(taps.outputs["o"])
+    if "down" in by_output:
+        assert taps.hidden is not None
+        reference.following.append(taps.hidden)
+
+
+def _lag(text: Stream, reference: Stream, batch: int, role: str) -> Tensor:
+    """What the residual stream of the text lacks before the output of `o` or `down` is added to it."""
+    lag = reference.hidden[batch] - text.hidden[batch]
+    if role == "down":
+        lag = lag + (reference.outputs["o"][batch] - text.outputs["o"][batch]).view_as(lag)
+    return lag

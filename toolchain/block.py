@@ -1,0 +1,204 @@
+"""One decoder block and the texts that stand before it: run in stages, each stage on weights that are already final.
+
+A block is run by its own class from `transformers`; nothing of its architecture is written down here but where its
+projections are. Hooks take the projections' inputs, a pass ends as soon as it has shown what was wanted, and what is
+already known is not computed again: a projection that is done hands out its stored output, and what lies before it
+handles empty tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from toolchain.families import Part
+from toolchain.statistics.attention import Handler, Stop, handled_by
+
+_BEFORE = {"o": ("q", "k", "v"), "down": ("gate", "up")}
+
+
+@dataclass
+class Stream:
+    """A text on its way through the model.
+
+    Attributes:
+        hidden: what the block at hand takes in, a tensor [B, L, d] per batch.
+        outputs: what its `o` and `down` put out, per batch, once known.
+        following: what the block puts out, per batch, where a pass has got that far already.
+    """
+
+    hidden: list[Tensor]
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    following: list[Tensor] = field(default_factory=list)
+
+    def advance(self) -> None:
+        """On to the next block."""
+        self.hidden, self.following, self.outputs = self.following, [], {}
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What one pass showed: inputs and outputs of projections by role, and the block's output where it got that far."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    hidden: Tensor | None
+
+
+class BlockRunner:
+    """Runs one block on any stream.
+
+    Args:
+        block: in evaluation mode, at full precision.
+        parts: where its projections are, module names relative to the whole model.
+        modules: those modules.
+        arguments: what the model hands this block besides the hidden states.
+    """
+
+    def __init__(
+        self, block: nn.Module, parts: Mapping[str, Part], modules: Mapping[str, nn.Linear], arguments: dict[str, Any]
+    ) -> None:
+        self._block, self.parts, self.modules, self._arguments = block, parts, modules, arguments
+        self._final: dict[str, Tensor] = {}
+
+    def original(self, role: str) -> Tensor:
+        """The full-precision weight of a projection, [out, in]."""
+        part = self.parts[role]
+        return self.modules[part.module].weight.data[part.rows]
+
+    def bias(self, role: str) -> Tensor | None:
+        """Its bias [out], if it has one."""
+        part = self.parts[role]
+        bias = self.modules[part.module].bias
+        return None if bias is None else bias.data[part.rows]
+
+    def settle(self, role: str, weight: Tensor) -> None:
+        """From now on, passes with `final=True` use this weight for a projection."""
+        part = self.parts[role]
+        if part.module not in self._final:
+            self._final[part.module] = self.modules[part.module].weight.data.clone()
+        self._final[part.module][part.rows] = weight
+
+    @contextmanager
+    def _weights(self, final: bool) -> Iterator[None]:
+        if not final:
+            yield
+            return
+        originals = {name: self.modules[name].weight.data for name in self._final}
+        try:
+            for name, weight in self._final.items():
+                self.modules[name].weight.data = weight
+            yield
+        finally:
+            for name, weight in originals.items():
+                self.modules[name].weight.data = weight
+
+    def run(
+        self,
+        stream: Stream,
+        batch: int,
+        *,
+        final: bool,
+        inputs: tuple[str, ...] = (),
+        outputs: tuple[str, ...] = (),
+        attention: Callable[[Mapping[str, Tensor]], Handler] | None = None,
+        stop_before: str | None = None,
+        stop_after: str | None = None,
+    ) -> Taps:
+        """Run the block on one batch of a stream.
+
+        Args:
+            final: with the settled weights, otherwise with the original ones.
+            inputs, outputs: roles whose inputs and outputs are wanted.
+            attention: makes the handler of attention from the inputs seen so far.
+            stop_before, stop_after: a role before or after which nothing is needed any more.
+        """
+        seen_inputs: dict[str, Tensor] = {}
+        seen_outputs: dict[str, Tensor] = {}
+        hidden: Tensor | None = None
+        handles: list[Any] = []
+
+        def before(role: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                if role in inputs:
+                    seen_inputs[role] = arguments[0]
+                if role == stop_before:
+                    raise Stop
+
+            return hook
+
+        def after(role: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
+                if role in outputs:
+                    seen_outputs[role] = output
+                if role == stop_after:
+                    raise Stop
+
+            return hook
+
+        handler = None if attention is None else attention(seen_inputs)
+        with ExitStack() as stack:
+            stack.enter_context(self._weights(final))
+            for role, part in self.parts.items():
+                if role in inputs or role == stop_before:
+                    handles.append(self.modules[part.module].register_forward_pre_hook(before(role)))
+                if role in outputs or role == stop_after:
+                    handles.append(self.modules[part.module].register_forward_hook(after(role)))
+            for role, stored in stream.outputs.items():
+                if batch >= len(stored):  # this pass is to find it out
+                    continue
+                known = stored[batch]
+                stack.enter_context(_replaced(self.modules[self.parts[role].module], _constant(known)))
+                for earlier in _BEFORE[role]:
+                    if earlier in self.parts:
+                        module = self.modules[self.parts[earlier].module]
+                        stack.enter_context(_replaced(module, _empty_output(module)))
+                if role == "o":
+                    handler = _skip_attention
+            stack.enter_context(handled_by(handler))
+            try:
+                result = self._block(stream.hidden[batch], **self._arguments)
+                hidden = result[0] if isinstance(result, tuple) else result
+            except Stop:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return Taps(seen_inputs, seen_outputs, hidden)
+
+    def output(self, role: str, x: Tensor) -> Tensor:
+        """What a settled projection with a module of its own puts out for an input."""
+        module = self.parts[role].module
+        return nn.functional.linear(x, self._final[module], self.modules[module].bias)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    if "forward" in module.__dict__:  # several projections of one module
+        yield
+        return
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _constant(known: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _x: known
+
+
+def _empty_output(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(*x.shape[:-1], module.out_features)
+
+    return forward
+
+
+def _skip_attention(query: Tensor, *_: Any) -> Tensor:
+    batch, heads, length, hd = query.shape
+    return query.new_zeros(()).expand(batch, length, heads, hd)

@@ -1,0 +1,32 @@
+"""What a solver can be told, as frozen, validated data: the `solver` part of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Options of a calibrated method. Each method has its own values for them (`toolchain.methods`).
+
+    Attributes:
+        attention_rows: row Hessians of q, k and v. `none`: none, as in GPTQ. `boa`: those of BoA's Table 1
+            (arXiv 2406.13474).
+        recollect: statistics are taken again inside a block after each group of projections (q k, v, o, gate up, down),
+            on the quantized weights before it; otherwise once per block, at full precision.
+        deviation: how much of the deviation of a projection's inputs, which the layers quantized before it have caused,
+            its weights make up for: 0 nothing (GPTQ, BoA), 1 all that least squares can.
+        residual: how much of the deviation of the residual stream `o` and `down` make up for as well.
+        refits: rounds of refitting the scales to the codes and solving the codes again, kept where the loss falls.
+        sweeps: sweeps of coordinate descent on the codes at the end.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    attention_rows: Literal["none", "boa"] = "none"
+    recollect: bool = False
+    deviation: float = Field(default=0.0, ge=0, le=1)
+    residual: float = Field(default=0.0, ge=0, le=1)
+    refits: int = Field(default=0, ge=0, le=20)
+    sweeps: int = Field(default=0, ge=0, le=20)

@@ -1,0 +1,201 @@
+"""From the statistics of a stage to the codes of its projections."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolchain.families import DecoderSpec
+from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid
+from toolchain.options import Options
+from toolchain.quantized import QuantizedWeight
+from toolchain.solvers import boa, gptq, rtn
+from toolchain.solvers.linear_algebra import InverseFactor, inverse_factor
+from toolchain.solvers.refine import descend, losses, refit_scales
+from toolchain.statistics.block import BlockStatistics
+from toolchain.statistics.rope import position_mean
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the recipe says of every projection."""
+
+    format: GridFormat
+    search: ScaleSearch
+    damping: float
+
+
+@dataclass(frozen=True)
+class SolvedLayer:
+    """One projection, solved.
+
+    Attributes:
+        loss: tr(H_row D H_col D^T) of the distance D from what the codes were to stand for, in the method's own metric,
+            per token; None without statistics.
+        relative_loss: the same, relative to that of the weight itself.
+        output_error: |D X|^2 / |W X|^2 of the distance from the original weight: the same metric for every method.
+        damping: the largest relative damping that was needed.
+    """
+
+    weight: QuantizedWeight
+    loss: float | None
+    relative_loss: float | None
+    output_error: float | None
+    damping: float | None
+    seconds: float
+
+
+def round_stage(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, SolvedLayer]:
+    """Every projection rounded to nearest; weights [out, in] by role."""
+    solved = {}
+    for role, weight in weights.items():
+        start = time.monotonic()
+        stack = weight.unsqueeze(0)
+        grid = find_grid(stack, settings.format, settings.search)
+        quantized = grid.quantized(rtn.solve(stack, grid))
+        solved[role] = SolvedLayer(quantized, None, None, None, None, time.monotonic() - start)
+    return solved
+
+
+def solve_stage(
+    spec: DecoderSpec,
+    weights: Mapping[str, Tensor],
+    output_weight: Tensor,
+    statistics: BlockStatistics,
+    settings: Settings,
+    options: Options,
+) -> dict[str, SolvedLayer]:
+    """Codes of the projections of one stage.
+
+    Args:
+        weights: original weights [out, in] by role.
+        output_weight: the original weight of `o`, [hidden, heads * head_dim].
+    """
+    factors = _Factors(settings.damping)
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    if options.attention_rows == "boa":
+        rows, columns = _attention_hessians(spec, output_weight, statistics)
+    solved = {}
+    for role, weight in weights.items():
+        start = time.monotonic()
+        inputs = statistics.inputs[role].unsqueeze(0)
+        target = _target(weight, statistics, role, factors.of(inputs), options.deviation)
+        row_hessian = rows.get(role)
+        units = 1 if row_hessian is None else row_hessian.shape[0]
+        stack = target.view(units, -1, weight.shape[1])
+        column_hessian = columns.get(role, inputs)
+        solution = _solve(stack, column_hessian, row_hessian, settings, options, factors)
+        quantized = solution.grid.quantized(solution.codes)
+        size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
+        plain = (quantized.dequantize() - weight)[None]
+        output_size = float(losses(weight[None], inputs, None).sum(dtype=torch.float64))
+        output_error = float(losses(plain, inputs, None).sum(dtype=torch.float64))
+        solved[role] = SolvedLayer(
+            weight=quantized,
+            loss=solution.loss,
+            relative_loss=solution.loss / size if size else None,
+            output_error=output_error / output_size if output_size else None,
+            damping=solution.damping,
+            seconds=time.monotonic() - start,
+        )
+    return solved
+
+
+class _Factors:
+    """Inverse factors of one stage, each computed once; projections that share an input share its factor."""
+
+    def __init__(self, damping: float) -> None:
+        self._damping = damping
+        self._known: dict[int, tuple[Tensor, InverseFactor]] = {}
+
+    def of(self, hessian: Tensor) -> InverseFactor:
+        """The factor of a Hessian [n, d, d]."""
+        # Keyed by storage; the tensor is kept so that its address is not used again.
+        if hessian.data_ptr() not in self._known:
+            self._known[hessian.data_ptr()] = hessian, inverse_factor(hessian, self._damping)
+        return self._known[hessian.data_ptr()][1]
+
+
+def _attention_hessians(
+    spec: DecoderSpec, output_weight: Tensor, statistics: BlockStatistics
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Row Hessians [n, hd, hd], and the column Hessians that differ from E[x x^T], by role (BoA, Table 1)."""
+    group = spec.heads // spec.kv_heads
+    hd = spec.head_dim
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    inv_freq = torch.tensor(spec.rope_inv_freq, dtype=torch.float64)
+    if "q" in statistics.inputs:
+        assert statistics.keys is not None
+        keys = position_mean(statistics.keys, inv_freq, statistics.positions)
+        rows["q"] = keys.repeat_interleave(group, 0)
+    if "k" in statistics.inputs:
+        assert statistics.queries is not None
+        grouped = statistics.queries.view(spec.kv_heads, group, hd, hd).mean(1)
+        rows["k"] = position_mean(grouped, inv_freq, statistics.positions)
+    if "v" in statistics.inputs:
+        assert statistics.values is not None
+        output = output_weight.view(-1, spec.kv_heads, group, hd)
+        rows["v"] = torch.einsum("dghi,dghj->gij", output, output)
+        columns["v"] = statistics.values
+    return rows, columns
+
+
+def _target(weight: Tensor, statistics: BlockStatistics, role: str, factor: InverseFactor, strength: float) -> Tensor:
+    """What the codes are to stand for: W + strength (T - W H) H^-1, T = 2 E[y x^T], the least-squares answer to inputs
+    that have deviated (GPTAQ, arXiv 2504.02692; written here as a change of the target, so that any solver can follow).
+    """
+    if not strength or role not in statistics.targets:
+        return weight
+    lacking = (statistics.targets[role] - weight @ statistics.inputs[role]).to(torch.float64)
+    upper = factor.upper[0].to(torch.float64)
+    return weight + strength * ((lacking @ upper.mT) @ upper).to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class _Solution:
+    codes: Tensor
+    grid: Grid
+    loss: float
+    damping: float
+
+
+def _solve(
+    target: Tensor, columns: Tensor, rows: Tensor | None, settings: Settings, options: Options, factors: _Factors
+) -> _Solution:
+    """Grid, codes and refinement of a stack [n, rows, columns]."""
+    column_factor = factors.of(columns)
+    row_factor = None if rows is None else factors.of(rows)
+
+    def solve(grid: Grid) -> Tensor:
+        if row_factor is None:
+            return gptq.solve(target, column_factor.upper, grid)
+        return boa.solve(target, column_factor.upper, row_factor.upper, grid)
+
+    def loss(codes: Tensor, grid: Grid) -> Tensor:
+        scales, zeros = grid.expand(target.shape[-1])
+        return losses((codes - zeros) * scales - target, columns, rows)
+
+    grid = find_grid(target, settings.format, settings.search, columns)
+    codes = solve(grid)
+    best = loss(codes, grid)
+    for _ in range(options.refits):
+        other = refit_scales(target, codes, grid, columns, rows)
+        other_codes = solve(other)
+        other_loss = loss(other_codes, other)
+        better = (other_loss < best)[..., None]
+        best = torch.minimum(best, other_loss)
+        codes = torch.where(better, other_codes, codes)
+        grid = Grid(
+            torch.where(better, other.scales, grid.scales), torch.where(better, other.zeros, grid.zeros), grid.format
+        )
+    if options.sweeps and rows is None:
+        codes = descend(target, codes, grid, columns, options.sweeps)
+        best = loss(codes, grid)
+    damping = column_factor.damping if row_factor is None else max(column_factor.damping, row_factor.damping)
+    return _Solution(codes, grid, float(best.sum(dtype=torch.float64)), damping)

@@ -1,0 +1,127 @@
+"""Refinement of a solved weight on its stored loss tr(H_row D H_col D^T); no data are needed.
+
+`refit_scales` is the least-squares optimum of the scales for given codes (TurboBoA, arXiv 2602.04929, refines them one
+at a time; the problem is linear, so here all scales that interact are solved for at once). `descend` is coordinate
+descent on the codes: every step lowers the loss, so it cannot do harm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from toolchain.grids import Grid, round_scale
+from toolchain.quantized import code_range
+
+_RIDGE = 1e-3  # relative; holds scales that the loss hardly sees where they are
+
+
+def losses(change: Tensor, columns: Tensor, rows: Tensor | None) -> Tensor:
+    """tr(H_row D H_col D^T) of each unit of a stack: [n, rows] where H_row is the identity, [n, 1] otherwise.
+
+    Args:
+        change: [n, rows, columns].
+        columns: [1 or n, columns, columns].
+        rows: [n, rows, rows] or None.
+    """
+    weighted = change @ columns
+    if rows is None:
+        return (weighted * change).sum(-1)
+    return ((rows @ weighted) * change).sum((-2, -1))[:, None]
+
+
+def refit_scales(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None) -> Grid:
+    """The grid with the scales that minimise the loss of `codes`; zero points stay.
+
+    Args:
+        target: what the codes are to stand for, [n, rows, columns].
+        codes: float holding integers, [n, rows, columns].
+    """
+    groups = grid.scales.shape[-1]
+    size = codes.shape[-1] // groups
+    levels = codes - grid.zeros.repeat_interleave(size, -1)
+    if rows is None:
+        scales = _refit_rows(target, levels, grid.scales, columns)
+    elif groups == 1:
+        scales = _refit_heads(target, levels, grid.scales, columns, rows)
+    else:
+        # Rows interact through H_row: one Gauss-Seidel sweep over them.
+        scales = grid.scales.clone()
+        value = levels * scales.repeat_interleave(size, -1)
+        for i in range(codes.shape[1]):
+            pull = rows[:, i, :, None] * (target - value)
+            wanted = value[:, i] + pull.sum(1) / rows[:, i, i, None]
+            refitted = _refit_rows(wanted[:, None], levels[:, i : i + 1], scales[:, i : i + 1], columns)
+            scales[:, i : i + 1] = refitted
+            value[:, i] = levels[:, i] * refitted[:, 0].repeat_interleave(size, -1)
+    good = torch.isfinite(scales) & (scales > 0.2 * grid.scales) & (scales < 5 * grid.scales)
+    return Grid(round_scale(torch.where(good, scales, grid.scales), grid.format), grid.zeros, grid.format)
+
+
+def _refit_rows(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
+    """Row by row: min_s |t - sum_g s_g c_g|^2 in the metric H_col, [n, rows, groups]."""
+    n, rows, width = levels.shape
+    groups = scales.shape[-1]
+    moments = (((target @ columns) * levels).view(n, rows, groups, -1)).sum(-1)
+    if groups == 1:
+        energy = ((levels @ columns) * levels).sum(-1, keepdim=True)
+        return (moments + _RIDGE * energy * scales) / (energy * (1 + _RIDGE)).clamp_min(1e-30)
+    size = width // groups
+    by_group = levels.view(n, rows, groups, size)
+    blocks = columns.expand(n, width, width).view(n, groups, size, width)
+    result = torch.empty_like(scales)
+    step = max(1, (1 << 25) // (groups * width))
+    for start in range(0, rows, step):
+        part = by_group[:, start : start + step]
+        spread = torch.einsum("nrgs,ngsw->nrgw", part, blocks).view(n, part.shape[1], groups, groups, size)
+        normal = (spread * part[:, :, None]).sum(-1).to(torch.float64)
+        ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1)
+        normal = normal + torch.diag_embed(ridge + 1e-30)
+        old = scales[:, start : start + step].to(torch.float64)
+        right = moments[:, start : start + step].to(torch.float64) + ridge * old
+        result[:, start : start + step] = torch.linalg.solve(normal, right.unsqueeze(-1)).squeeze(-1).to(scales.dtype)
+    return result
+
+
+def _refit_heads(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """All rows of a head at once: (H_row o C H_col C^T) s = diag(H_row T H_col C^T), [n, rows, 1]."""
+    weighted = levels @ columns  # C H_col
+    normal = (rows * (weighted @ levels.mT)).to(torch.float64)
+    right = ((rows @ target) * weighted).sum(-1).to(torch.float64)
+    ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1)
+    normal = normal + torch.diag_embed(ridge + 1e-30)
+    right = right + ridge * scales[..., 0].to(torch.float64)
+    return torch.linalg.solve(normal, right.unsqueeze(-1)).to(scales.dtype)
+
+
+def descend(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, sweeps: int) -> Tensor:
+    """Coordinate descent on the codes of a one-sided problem: columns in order, all rows at once.
+
+    Returns: codes [n, rows, columns] of a loss that is not higher.
+    """
+    n, _, width = codes.shape
+    low, high = code_range(grid.format.bits)
+    columns = columns.expand(n, width, width)
+    scales, zeros = grid.expand(width)
+    codes = codes.clone()
+    block = 64
+    for _ in range(sweeps):
+        gradient = ((codes - zeros) * scales - target) @ columns
+        for start in range(0, width, block):
+            stop = min(start + block, width)
+            inner = gradient[:, :, start:stop].transpose(1, 2).contiguous()
+            block_scales = scales[:, :, start:stop].transpose(1, 2).contiguous()
+            old = codes[:, :, start:stop].transpose(1, 2).contiguous()
+            new = old.clone()
+            curvature = columns[:, start:stop, start:stop]
+            diagonal = curvature.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30)
+            moved = torch.empty_like(inner)
+            for j in range(stop - start):
+                scale = block_scales[:, j]
+                step = inner[:, j] / (diagonal[:, j, None] * scale)
+                new[:, j] = torch.clamp(torch.round(old[:, j] - step), low, high)
+                moved[:, j] = (new[:, j] - old[:, j]) * scale
+                inner.baddbmm_(curvature[:, :, j, None], moved[:, j, None, :])
+            codes[:, :, start:stop] = new.transpose(1, 2)
+            gradient.baddbmm_(moved.transpose(1, 2), columns[:, start:stop])
+    return codes

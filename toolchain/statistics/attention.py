@@ -1,0 +1,150 @@
+"""What the two-sided Hessians need of attention, recorded where attention is computed.
+
+`transformers` lets a name stand for an attention function; ours computes what the default one does and, while a block
+is being looked at, hands queries and keys after RoPE, values and the attention weights themselves to a recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+ATTENTION = "boa_edge"
+
+
+class Stop(Exception):  # noqa: N818  not an error: ends a forward pass that has shown what was wanted
+    """Raised inside a block once nothing further of it is needed."""
+
+
+# (query [B, H, L, hd], key [B, G, L, hd], value [B, G, L, hd], mask, scaling, softcap) -> output [B, L, H, hd], or None
+# to have it computed.
+Handler = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Tensor | None]
+_handlers: list[Handler] = []
+
+
+@contextmanager
+def handled_by(handler: Handler | None) -> Iterator[None]:
+    """Inside, attention is first offered to `handler`."""
+    if handler is None:
+        yield
+        return
+    _handlers.append(handler)
+    try:
+        yield
+    finally:
+        _handlers.remove(handler)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scaling + mask), [B, H, L, L]; query [B, H, L, hd], key [B, G, L, hd]."""
+    batch, heads, length, hd = query.shape
+    groups = key.shape[1]
+    stacked = (query * scaling).reshape(batch, groups, heads // groups * length, hd)
+    scores = (stacked @ key.mT).view(batch, heads, length, -1)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores += mask
+    return torch.softmax(scores, -1)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention under the mask that the block was given; shapes as `transformers` passes them."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _handlers:
+        output = _handlers[-1](query, key, value, attention_mask, scale, softcap)
+        if output is not None:
+            return output, None
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None:
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+        result = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
+    else:
+        weights = attention_weights(query, key, attention_mask, scale, softcap)
+        result = weights @ value.repeat_interleave(groups, 1)
+    return result.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+class AttentionRecorder:
+    """Accumulates the attention statistics of one block, as a handler of its attention.
+
+    Args:
+        groups, head_dim, width: key-value heads, size of a head, and the width of the block's input.
+        head_weights: [heads], how much each query head counts in its group's value Hessian, mean 1 in a group.
+        logits: collect 2 E[q q^T] and 2 E[k k^T] after RoPE.
+        values: collect, per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads.
+        stops: end the pass once attention has been seen.
+    """
+
+    def __init__(
+        self, groups: int, head_dim: int, width: int, head_weights: Tensor, *, logits: bool, values: bool, stops: bool
+    ) -> None:
+        self.logits, self.stops = logits, stops
+        self._root_weights = head_weights.sqrt()[:, None, None]
+        new = head_weights.new_zeros
+        self.keys = new(groups, head_dim, head_dim)
+        self.queries = new(head_weights.shape[0], head_dim, head_dim)
+        self.values = new(groups, width, width) if values else None
+        self.x: Tensor | None = None
+        self.token_weights: Tensor | None = None
+        self.weight = 0.0
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor | None:
+        batch, heads, length, _ = query.shape
+        root = None if self.token_weights is None else self.token_weights.sqrt()  # [B, L]
+        self.weight += batch * length if root is None else float(root.square().sum(dtype=torch.float64))
+        if self.logits:
+            for total, vectors in ((self.queries, query), (self.keys, key)):
+                seen = vectors if root is None else vectors * root[:, None, :, None]
+                flat = seen.transpose(0, 1).reshape(seen.shape[1], batch * length, -1)
+                total.baddbmm_(flat.mT, flat)
+        output = None
+        if self.values is not None:
+            weights = attention_weights(query, key, mask, scaling, softcap)
+            if float(weights.triu(1).amax()) != 0.0:
+                raise AssertionError("attention weights lie above the diagonal: the causal mask is missing")
+            if not self.stops:
+                output = (weights @ value.repeat_interleave(heads // value.shape[1], 1)).transpose(1, 2)
+            self._add_values(weights, root)
+        if self.stops:
+            raise Stop
+        return output
+
+    def _add_values(self, weights: Tensor, root: Tensor | None) -> None:
+        """Per key-value head: the sum over its query heads of A_h^T A_h, between X^T and X; weights are overwritten."""
+        assert self.x is not None
+        assert self.values is not None
+        batch, heads, length, _ = weights.shape
+        groups = self.values.shape[0]
+        weights *= self._root_weights
+        if root is not None:
+            weights *= root[:, None, :, None]
+        stacked = weights.view(batch, groups, heads // groups * length, length)
+        for sequence in range(batch):
+            x = self.x[sequence]
+            mixing = torch.bmm(stacked[sequence].mT, stacked[sequence])
+            self.values.baddbmm_(x.mT.expand(groups, -1, -1), mixing @ x)

@@ -1,0 +1,62 @@
+"""Running second moments over tokens: the Hessians of a squared error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PANELS = 3
+
+
+class Covariance:
+    """Running 2 E[w x x^T], [d, d], and, against a second stream, 2 E[w y x^T].
+
+    Only the blocks on and above the diagonal are accumulated, a third less work.
+
+    Args:
+        like: decides dtype and device.
+    """
+
+    def __init__(self, width: int, like: Tensor) -> None:
+        self.total = like.new_zeros(width, width)
+        self.weight = 0.0
+        step = -(-width // _PANELS) if width >= 128 else width
+        self._panels = [(start, min(start + step, width)) for start in range(0, width, step)]
+
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """x [..., d]; weights [...] of the tokens, all one where None."""
+        rows = x.reshape(-1, x.shape[-1])
+        if weights is None:
+            self.weight += rows.shape[0]
+        else:
+            rows = rows * weights.reshape(-1, 1).sqrt()
+            self.weight += float(weights.sum(dtype=torch.float64))
+        for start, stop in self._panels:
+            self.total[:stop, start:stop].addmm_(rows[:, :stop].mT, rows[:, start:stop])
+
+    def hessian(self) -> Tensor:
+        """What was accumulated, symmetric."""
+        upper = self.total.triu()
+        return (upper + upper.triu(1).mT) * (2.0 / self.weight)
+
+
+class CrossCovariance:
+    """Running 2 E[w y x^T], [rows, columns]."""
+
+    def __init__(self, rows: int, columns: int, like: Tensor) -> None:
+        self.total = like.new_zeros(rows, columns)
+        self.weight = 0.0
+
+    def add(self, y: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
+        """y [..., rows], x [..., columns]; weights [...] of the tokens."""
+        left, right = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if weights is None:
+            self.weight += left.shape[0]
+        else:
+            left = left * weights.reshape(-1, 1)
+            self.weight += float(weights.sum(dtype=torch.float64))
+        self.total.addmm_(left.mT, right)
+
+    def mean(self) -> Tensor:
+        """What was accumulated."""
+        return self.total * (2.0 / self.weight)
