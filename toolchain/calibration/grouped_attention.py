@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "boa_edge_grouped"
+_ROWS = 4  # products with a multiple of so many rows are up to twice as fast (MKL on AVX2, three query heads per group)
 
 
 def grouped_attention(
@@ -36,25 +37,28 @@ def grouped_attention(
     Args:
         query: float [batch, heads, new, hd]; head h reads key-value head h // (heads / kv_heads).
         key, value: float [batch, kv_heads, length, hd].
-        attention_mask: bool [batch or 1, 1, new, length], True where a query may look; None: everywhere.
+        attention_mask: bool [batch or 1, 1, new, length], True where a query may look; None: at all that is before it.
+        scaling: of the scores; None: 1 / sqrt(hd).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2).
 
     Returns:
         float [batch, new, heads, hd], and None for the weights.
     """
     batch, heads, new, hd = query.shape
-    groups = key.shape[1]
-    rows = query.reshape(batch, groups, heads // groups * new, hd)
-    mask = None if attention_mask is None else attention_mask.repeat(1, 1, heads // groups, 1)
-    factor = hd**-0.5 if scaling is None else scaling
-    if softcap is None:
-        mixed = nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=factor)
-    else:
-        scores = softcap * torch.tanh((rows @ key.mT) * (factor / softcap))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        mixed = torch.softmax(scores, -1) @ value
-    return mixed.reshape(batch, heads, new, value.shape[-1]).transpose(1, 2).contiguous(), None
+    groups, length = key.shape[1], key.shape[2]
+    rows = query.reshape(batch, groups, heads // groups * new, hd) * (hd**-0.5 if scaling is None else scaling)
+    spare = -rows.shape[2] % _ROWS
+    scores = nn.functional.pad(rows, (0, 0, 0, spare)) @ key.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is None and new > 1:
+        attention_mask = torch.ones(new, length, dtype=torch.bool).tril(length - new)[None, None]
+    if attention_mask is not None:
+        mask = nn.functional.pad(attention_mask.repeat(1, 1, heads // groups, 1), (0, 0, 0, spare), value=True)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    mixed = torch.softmax(scores, -1) @ value
+    mixed = mixed[:, :, : rows.shape[2]].reshape(batch, heads, new, value.shape[-1])
+    return mixed.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_NAME, grouped_attention)
@@ -64,7 +68,8 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 class _FilledLayer(CacheLayerMixin):
     """Keys and values of one layer: room for the whole text, of which the filled part is handed out.
 
-    A layer with a sliding window keeps everything too; the window is then in the mask.
+    Keys lie transposed, as the product with the queries reads them. A layer with a sliding window keeps everything too;
+    the window is then in the mask.
     """
 
     is_sliding = False
@@ -76,7 +81,7 @@ class _FilledLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, groups, _, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(batch, groups, self._room, key_states.shape[-1])
+        self.keys = key_states.new_empty(batch, groups, key_states.shape[-1], self._room).mT
         self.values = value_states.new_empty(batch, groups, self._room, value_states.shape[-1])
         self.is_initialized = True
 
