@@ -176,7 +176,12 @@ class _Texts:
     def solve(self, index: int, names: LayerNames, settings: Settings, options: Options) -> dict[str, SolvedLayer]:
         """Statistics and codes of block `index`, stage by stage."""
         runner = self._open(index, names)
-        wanted = Wanted(options.attention_rows != "none", options.residual)
+        wanted = Wanted(
+            attention=options.attention_rows != "none",
+            gauss_newton=options.attention_rows == "gauss_newton",
+            mlp=options.mlp_rows,
+            residual=options.residual,
+        )
         solved: dict[str, SolvedLayer] = {}
         with own_attention(self._source.model):
             for stage in stages(runner, options):

@@ -78,8 +78,9 @@ def solve_stage(
     factors = _Factors(settings.damping)
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
-    if options.attention_rows == "boa":
+    if options.attention_rows != "none":
         rows, columns = _attention_hessians(spec, output_weight, statistics)
+    rows |= statistics.rows
     solved = {}
     for role, weight in weights.items():
         start = time.monotonic()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from toolchain.statistics.gauss_newton import GaussNewtonRows
+
 ATTENTION = "boa_edge"
 
 
@@ -96,12 +98,22 @@ class AttentionRecorder:
         logits: collect 2 E[q q^T] and 2 E[k k^T] after RoPE.
         values: collect, per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads.
         stops: end the pass once attention has been seen.
+        gauss_newton: also shown every sequence.
     """
 
     def __init__(
-        self, groups: int, head_dim: int, width: int, head_weights: Tensor, *, logits: bool, values: bool, stops: bool
+        self,
+        groups: int,
+        head_dim: int,
+        width: int,
+        head_weights: Tensor,
+        *,
+        logits: bool,
+        values: bool,
+        stops: bool,
+        gauss_newton: GaussNewtonRows | None = None,
     ) -> None:
-        self.logits, self.stops = logits, stops
+        self.logits, self.stops, self.gauss_newton = logits, stops, gauss_newton
         self._root_weights = head_weights.sqrt()[:, None, None]
         new = head_weights.new_zeros
         self.keys = new(groups, head_dim, head_dim)
@@ -123,13 +135,18 @@ class AttentionRecorder:
                 flat = seen.transpose(0, 1).reshape(seen.shape[1], batch * length, -1)
                 total.baddbmm_(flat.mT, flat)
         output = None
-        if self.values is not None:
+        if self.values is not None or self.gauss_newton is not None:
             weights = attention_weights(query, key, mask, scaling, softcap)
             if float(weights.triu(1).amax()) != 0.0:
                 raise AssertionError("attention weights lie above the diagonal: the causal mask is missing")
             if not self.stops:
                 output = (weights @ value.repeat_interleave(heads // value.shape[1], 1)).transpose(1, 2)
-            self._add_values(weights, root)
+            if self.gauss_newton is not None:
+                for b in range(batch):
+                    own = None if self.token_weights is None else self.token_weights[b]
+                    self.gauss_newton.add(query[b], key[b], value[b], weights[b], own)
+            if self.values is not None:
+                self._add_values(weights, root)
         if self.stops:
             raise Stop
         return output

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from toolchain.block import BlockRunner, Stream
 from toolchain.families import DecoderSpec
 from toolchain.statistics.attention import AttentionRecorder, Handler
 from toolchain.statistics.covariance import Covariance, CrossCovariance
+from toolchain.statistics.gauss_newton import GaussNewtonRows
+from toolchain.statistics.mlp import MlpRows
 
 # Projections that read the same input: one covariance, taken at the first of them.
 _SHARED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -34,6 +37,7 @@ class BlockStatistics:
         values: per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads with weights |W_O,h|^2,
             [kv_heads, in, in]; None where not collected.
         positions: sequence length, over which the RoPE mean is taken.
+        rows: row Hessians by role that were collected as such, [units, rows, rows].
     """
 
     inputs: dict[str, Tensor]
@@ -42,6 +46,7 @@ class BlockStatistics:
     queries: Tensor | None = None
     values: Tensor | None = None
     positions: int = 0
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,15 @@ class Wanted:
     """What is to be collected.
 
     Attributes:
-        attention: the statistics of two-sided Hessians.
+        attention: the statistics of two-sided Hessians of q, k and v.
+        gauss_newton: for q and k those that see the softmax.
+        mlp: row Hessians of gate and up.
         residual: how much of the residual stream's deviation `o` and `down` are to make up for.
     """
 
     attention: bool
+    gauss_newton: bool = False
+    mlp: bool = False
     residual: float = 0.0
 
 
@@ -81,7 +90,8 @@ def collect(
     weight = runner.original(firsts[0])
     covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in firsts}
     crosses = {first: _cross(runner, first, weight) for first in firsts} if reference is not None else {}
-    recorder = _recorder(runner, spec, stage, firsts) if wanted.attention else None
+    recorder = _recorder(runner, spec, stage, firsts, wanted) if wanted.attention else None
+    mlp = _mlp_rows(runner) if wanted.mlp and "up" in stage else None
     keeps = stage in (("o",), ("down",))
     kept: list[Tensor] = []
     for batch in range(len(text.hidden)):
@@ -98,6 +108,8 @@ def collect(
         )
         for first in firsts:
             covariances[first].add(taps.inputs[first], weights)
+        if mlp is not None:
+            mlp.add(taps.inputs["gate" if "gate" in taps.inputs else "up"], weights)
         if keeps:
             kept.append(taps.inputs[stage[0]])
         if reference is not None:
@@ -109,7 +121,8 @@ def collect(
         if reference is not None:
             mean = crosses[group[0]].mean()
             targets |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
-    statistics = BlockStatistics(inputs, targets, positions=text.hidden[0].shape[1])
+    rows = {} if mlp is None else mlp.hessians(runner.original("down"))
+    statistics = BlockStatistics(inputs, targets, positions=text.hidden[0].shape[1], rows=rows)
     if recorder is not None:
         statistics = recorder_statistics(statistics, recorder, spec)
     return statistics, {stage[0]: kept} if keeps else {}
@@ -121,21 +134,38 @@ def _cross(runner: BlockRunner, first: str, like: Tensor) -> CrossCovariance:
 
 
 def _recorder(
-    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], firsts: tuple[str, ...]
+    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], firsts: tuple[str, ...], wanted: Wanted
 ) -> AttentionRecorder | None:
     if firsts[0] not in ("q", "k", "v"):
         return None
     output = runner.original("o")
     per_head = output.square().view(output.shape[0], spec.heads, spec.head_dim).sum((0, 2)).view(spec.kv_heads, -1)
     head_weights = (per_head / per_head.mean(1, keepdim=True).clamp_min(1e-30)).reshape(-1)
+    logits = "q" in stage or "k" in stage
+    gauss_newton = None
+    if logits and wanted.gauss_newton:
+        inv_freq = torch.tensor(spec.rope_inv_freq, dtype=torch.float64)
+        gauss_newton = GaussNewtonRows(output, spec.heads, spec.kv_heads, spec.head_dim, inv_freq)
     return AttentionRecorder(
         spec.kv_heads,
         spec.head_dim,
         spec.hidden_size,
         head_weights,
-        logits="q" in stage or "k" in stage,
+        logits=logits,
         values="v" in stage,
         stops=len(firsts) == 1,
+        gauss_newton=gauss_newton,
+    )
+
+
+def _mlp_rows(runner: BlockRunner) -> MlpRows:
+    gated = "gate" in runner.parts
+    return MlpRows(
+        runner.original("up"),
+        runner.original("gate") if gated else None,
+        runner.bias("up"),
+        runner.bias("gate") if gated else None,
+        runner.activation,
     )
 
 
@@ -150,6 +180,8 @@ def recorder_statistics(known: BlockStatistics, recorder: AttentionRecorder, spe
         queries=recorder.queries * factor if recorder.logits else None,
         values=recorder.values * (factor / group) if recorder.values is not None else None,
         positions=known.positions,
+        rows=known.rows
+        | ({"q": recorder.gauss_newton.queries, "k": recorder.gauss_newton.keys} if recorder.gauss_newton else {}),
     )
 
 

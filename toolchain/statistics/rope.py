@@ -30,3 +30,12 @@ def position_mean(covariance: Tensor, inv_freq: Tensor, positions: int) -> Tenso
     top = torch.cat([(same + mixed).real, -(same + mixed).imag], -1)
     bottom = torch.cat([-(same + mixed).imag.mT, (same - mixed).real], -1)
     return torch.cat([top, bottom], -2).to(covariance.dtype)
+
+
+def turn_back(vectors: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """R_l^T on the last dimension of vectors [P, n, hd], l = positions[p] int64 [P]."""
+    half = vectors.shape[-1] // 2
+    angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
+    cos, sin = (part.to(vectors.dtype)[:, None, :] for part in (angles.cos(), angles.sin()))
+    first, second = vectors[..., :half], vectors[..., half:]
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], -1)
