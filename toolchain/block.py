@@ -57,12 +57,22 @@ class BlockRunner:
         parts: where its projections are, module names relative to the whole model.
         modules: those modules.
         arguments: what the model hands this block besides the hidden states.
+        index: which block of the model it is.
+        head_norms: by role, the norms on each head of q and k, where there are any.
     """
 
     def __init__(
-        self, block: nn.Module, parts: Mapping[str, Part], modules: Mapping[str, nn.Linear], arguments: dict[str, Any]
+        self,
+        block: nn.Module,
+        parts: Mapping[str, Part],
+        modules: Mapping[str, nn.Linear],
+        arguments: dict[str, Any],
+        *,
+        index: int = 0,
+        head_norms: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self._block, self.parts, self.modules, self._arguments = block, parts, modules, arguments
+        self.index, self.head_norms = index, head_norms or {}
         self._final: dict[str, Tensor] = {}
 
     def original(self, role: str) -> Tensor:
@@ -143,7 +153,7 @@ class BlockRunner:
         def after(role: str) -> Callable[..., None]:
             def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
                 if role in outputs:
-                    seen_outputs[role] = output
+                    seen_outputs[role] = output[..., self.parts[role].rows]
                 if role == stop_after:
                     raise Stop
 

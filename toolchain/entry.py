@@ -9,13 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from boa_edge.errors import BoaEdgeError
 from toolchain.statistics.attention import ATTENTION, Stop
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a causal language model of `transformers`."""
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    return found[0]
+    """The blocks of a causal language model of `transformers`: its outermost list of as many modules as it has layers.
+
+    Raises:
+        BoaEdgeError: there is no such list.
+    """
+    config: Any = model.config
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return module
+    raise BoaEdgeError(f"no list of {config.num_hidden_layers} blocks is found", where=type(model).__name__)
 
 
 @contextmanager

@@ -170,7 +170,14 @@ class _Texts:
     def _open(self, index: int, names: LayerNames) -> BlockRunner:
         model = self._source.model
         modules = {name: _linear(model, name) for name in names.linears()}
-        self._runner = BlockRunner(decoder_layers(model)[index], names.parts(), modules, self._arguments[index])
+        self._runner = BlockRunner(
+            decoder_layers(model)[index],
+            names.parts(),
+            modules,
+            self._arguments[index],
+            index=index,
+            head_norms={role: model.get_submodule(name) for role, name in names.head_norms().items()},
+        )
         return self._runner
 
     def solve(self, index: int, names: LayerNames, settings: Settings, options: Options) -> dict[str, SolvedLayer]:

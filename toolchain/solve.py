@@ -130,15 +130,18 @@ def _attention_hessians(
     hd = spec.head_dim
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
-    inv_freq = torch.tensor(spec.rope_inv_freq, dtype=torch.float64)
+    turn = spec.attention[statistics.layer]
+    inv_freq = torch.tensor(turn.rope_inv_freq, dtype=torch.float64)
     if "q" in statistics.inputs:
         assert statistics.keys is not None
-        keys = position_mean(statistics.keys, inv_freq, statistics.positions)
+        keys = position_mean(statistics.keys, inv_freq, statistics.positions, turn.rope_scaling)
         rows["q"] = keys.repeat_interleave(group, 0)
     if "k" in statistics.inputs:
         assert statistics.queries is not None
         grouped = statistics.queries.view(spec.kv_heads, group, hd, hd).mean(1)
-        rows["k"] = position_mean(grouped, inv_freq, statistics.positions)
+        rows["k"] = position_mean(grouped, inv_freq, statistics.positions, turn.rope_scaling)
+    for role, norm in statistics.head_norms.items():
+        rows[role] = norm.mean(rows[role])
     if "v" in statistics.inputs:
         assert statistics.values is not None
         output = output_weight.view(-1, spec.kv_heads, group, hd)

@@ -58,6 +58,12 @@ def attention_weights(
     return torch.softmax(scores, -1)
 
 
+def score_slopes(query: Tensor, key: Tensor, scaling: float, softcap: float) -> Tensor:
+    """How much of a change of q k^T * scaling a cap lets through, [B, H, L, L]."""
+    scores = (query * scaling) @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    return 1 - torch.tanh(scores / softcap).square()
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -142,9 +148,12 @@ class AttentionRecorder:
             if not self.stops:
                 output = (weights @ value.repeat_interleave(heads // value.shape[1], 1)).transpose(1, 2)
             if self.gauss_newton is not None:
+                assert self.x is not None
+                slopes = None if softcap is None else score_slopes(query, key, scaling, softcap)
                 for b in range(batch):
                     own = None if self.token_weights is None else self.token_weights[b]
-                    self.gauss_newton.add(query[b], key[b], value[b], weights[b], own)
+                    slope = None if slopes is None else slopes[b]
+                    self.gauss_newton.add(self.x[b], query[b], key[b], value[b], weights[b], slope, own)
             if self.values is not None:
                 self._add_values(weights, root)
         if self.stops:

@@ -16,6 +16,7 @@ from toolchain.families import DecoderSpec
 from toolchain.statistics.attention import AttentionRecorder, Handler
 from toolchain.statistics.covariance import Covariance, CrossCovariance
 from toolchain.statistics.gauss_newton import GaussNewtonRows
+from toolchain.statistics.head_norm import HeadNorm
 from toolchain.statistics.mlp import MlpRows
 
 # Projections that read the same input: one covariance, taken at the first of them.
@@ -38,6 +39,8 @@ class BlockStatistics:
             [kv_heads, in, in]; None where not collected.
         positions: sequence length, over which the RoPE mean is taken.
         rows: row Hessians by role that were collected as such, [units, rows, rows].
+        layer: which block of the model it is.
+        head_norms: by role, the norms on each head of q and k, with samples of what goes into them.
     """
 
     inputs: dict[str, Tensor]
@@ -47,6 +50,8 @@ class BlockStatistics:
     values: Tensor | None = None
     positions: int = 0
     rows: dict[str, Tensor] = field(default_factory=dict)
+    layer: int = 0
+    head_norms: dict[str, HeadNorm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Wanted:
         attention: the statistics of two-sided Hessians of q, k and v.
         gauss_newton: for q and k those that see the softmax.
         mlp: row Hessians of gate and up.
-        residual: how much of the residual stream's deviation `o` and `down` are to make up for.
+        residual: how much of the residual stream's deviation `o` and `down` are to make up for; nothing where a norm
+            stands between them and the stream.
     """
 
     attention: bool
@@ -90,7 +96,9 @@ def collect(
     weight = runner.original(firsts[0])
     covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in firsts}
     crosses = {first: _cross(runner, first, weight) for first in firsts} if reference is not None else {}
-    recorder = _recorder(runner, spec, stage, firsts, wanted) if wanted.attention else None
+    head_norms = _head_norms(runner, spec, stage, len(text.hidden)) if wanted.attention else {}
+    recorder = _recorder(runner, spec, stage, firsts, wanted, head_norms) if wanted.attention else None
+    residual = wanted.residual if spec.residual_is_plain else 0.0
     mlp = _mlp_rows(runner) if wanted.mlp and "up" in stage else None
     keeps = stage in (("o",), ("down",))
     kept: list[Tensor] = []
@@ -108,12 +116,14 @@ def collect(
         )
         for first in firsts:
             covariances[first].add(taps.inputs[first], weights)
+        for norm in head_norms.values():
+            norm.add(taps.inputs[firsts[0]], weights)
         if mlp is not None:
             mlp.add(taps.inputs["gate" if "gate" in taps.inputs else "up"], weights)
         if keeps:
             kept.append(taps.inputs[stage[0]])
         if reference is not None:
-            _compare(runner, text, reference, batch, firsts, taps.inputs, crosses, wanted.residual, weights)
+            _compare(runner, text, reference, batch, firsts, taps.inputs, crosses, residual, weights)
     inputs: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
     for group in groups:
@@ -122,7 +132,9 @@ def collect(
             mean = crosses[group[0]].mean()
             targets |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
     rows = {} if mlp is None else mlp.hessians(runner.original("down"))
-    statistics = BlockStatistics(inputs, targets, positions=text.hidden[0].shape[1], rows=rows)
+    statistics = BlockStatistics(
+        inputs, targets, positions=text.hidden[0].shape[1], rows=rows, layer=runner.index, head_norms=head_norms
+    )
     if recorder is not None:
         statistics = recorder_statistics(statistics, recorder, spec)
     return statistics, {stage[0]: kept} if keeps else {}
@@ -133,8 +145,28 @@ def _cross(runner: BlockRunner, first: str, like: Tensor) -> CrossCovariance:
     return CrossCovariance(rows if first in _COMPARED_BY_OUTPUT else columns, columns, like)
 
 
+def _head_norms(runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], batches: int) -> dict[str, HeadNorm]:
+    offset = 1.0 if spec.norm == "rms_offset" else 0.0
+    return {
+        role: HeadNorm(
+            runner.original(role),
+            runner.bias(role),
+            module.get_parameter("weight").data + offset,
+            spec.norm_eps,
+            batches,
+        )
+        for role, module in runner.head_norms.items()
+        if role in stage
+    }
+
+
 def _recorder(
-    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], firsts: tuple[str, ...], wanted: Wanted
+    runner: BlockRunner,
+    spec: DecoderSpec,
+    stage: tuple[str, ...],
+    firsts: tuple[str, ...],
+    wanted: Wanted,
+    head_norms: dict[str, HeadNorm],
 ) -> AttentionRecorder | None:
     if firsts[0] not in ("q", "k", "v"):
         return None
@@ -144,8 +176,11 @@ def _recorder(
     logits = "q" in stage or "k" in stage
     gauss_newton = None
     if logits and wanted.gauss_newton:
-        inv_freq = torch.tensor(spec.rope_inv_freq, dtype=torch.float64)
-        gauss_newton = GaussNewtonRows(output, spec.heads, spec.kv_heads, spec.head_dim, inv_freq)
+        turn = spec.attention[runner.index]
+        inv_freq = torch.tensor(turn.rope_inv_freq, dtype=torch.float64)
+        gauss_newton = GaussNewtonRows(
+            output, spec.heads, spec.kv_heads, spec.head_dim, inv_freq, scaling=turn.rope_scaling, head_norms=head_norms
+        )
     return AttentionRecorder(
         spec.kv_heads,
         spec.head_dim,
@@ -180,6 +215,8 @@ def recorder_statistics(known: BlockStatistics, recorder: AttentionRecorder, spe
         queries=recorder.queries * factor if recorder.logits else None,
         values=recorder.values * (factor / group) if recorder.values is not None else None,
         positions=known.positions,
+        layer=known.layer,
+        head_norms=known.head_norms,
         rows=known.rows
         | ({"q": recorder.gauss_newton.queries, "k": recorder.gauss_newton.keys} if recorder.gauss_newton else {}),
     )

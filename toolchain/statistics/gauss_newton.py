@@ -7,15 +7,21 @@ of W_K by sum_m u_lm (q_l^T R_m D x_m), with u_lm = scaling a_lm W_O,h (v_m - o_
     W_Q    sum_l x_l x_l^T (x) R_l^T C_l^T C_l R_l
     W_K    sum_m x_m x_m^T (x) R_m^T (sum_l |u_lm|^2 q_l q_l^T) R_m      (m = m' terms)
 
+A norm on each head of q or k puts its Jacobian behind R (`toolchain.statistics.head_norm`); where scores are capped,
+a_lm stands for a_lm times the cap's slope at l, m wherever a logit's change is meant.
+
 They are causal, weighted by attention and by what W_O makes of it, and relative positions stay coherent, none of which
 holds for BoA's sum_m k_m k_m^T. Here the row factors are averaged over a sample of positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from toolchain.statistics.head_norm import HeadNorm
 from toolchain.statistics.rope import turn_back
 
 
@@ -24,40 +30,70 @@ class GaussNewtonRows:
 
     Args:
         output_weight: W_O [d, heads * hd].
-        inv_freq: of the block's RoPE, [hd / 2].
+        inv_freq, scaling: of the block's RoPE, as `turn_back` takes them.
+        head_norms: the norms on each head, by role.
         per_sequence: positions sampled from each sequence.
     """
 
     def __init__(
-        self, output_weight: Tensor, heads: int, groups: int, head_dim: int, inv_freq: Tensor, per_sequence: int = 32
+        self,
+        output_weight: Tensor,
+        heads: int,
+        groups: int,
+        head_dim: int,
+        inv_freq: Tensor,
+        per_sequence: int = 32,
+        *,
+        scaling: float = 1.0,
+        head_norms: Mapping[str, HeadNorm] | None = None,
     ) -> None:
         by_head = output_weight.view(-1, heads, head_dim).transpose(0, 1)
         gram = (by_head.mT @ by_head).to(torch.float64)
         gram += torch.diag_embed(1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, head_dim))
         # |W_O,h y| = |y root|: the outputs themselves are never formed.
         self._root = torch.linalg.cholesky(gram).to(output_weight.dtype)
-        self._inv_freq, self._count = inv_freq, per_sequence
+        self._inv_freq, self._count, self._scaling, self._norms = inv_freq, per_sequence, scaling, head_norms or {}
         self._generator = torch.Generator().manual_seed(0)
         self.queries = output_weight.new_zeros(heads, head_dim, head_dim)
         self.keys = output_weight.new_zeros(groups, head_dim, head_dim)
 
-    def add(self, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, token_weights: Tensor | None) -> None:
-        """One sequence: query [H, L, hd], key and value [G, L, hd], weights [H, L, L], token_weights [L]."""
+    def add(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weights: Tensor,
+        slopes: Tensor | None,
+        token_weights: Tensor | None,
+    ) -> None:
+        """One sequence: x [L, d], what the projections took in; query [H, L, hd], key and value [G, L, hd], weights
+        [H, L, L], slopes of the cap on the scores [H, L, L] or None, token_weights [L].
+        """
         heads, length, hd = query.shape
         group = heads // key.shape[0]
         sample = torch.randperm(length, generator=self._generator)[: self._count]
         scale = 1.0 if token_weights is None else float(token_weights.mean().sqrt())
+        before = {role: norm.before(x[sample]) for role, norm in self._norms.items()}  # [P, heads, hd]
+
+        def back(vectors: Tensor, role: str, head: int) -> Tensor:
+            turned = turn_back(vectors, sample, self._inv_freq, self._scaling)
+            if role in self._norms:
+                turned = self._norms[role].pull_back(turned, before[role][:, head])
+            return turned.reshape(-1, hd) * scale
+
         for h in range(heads):
             k, v, a, q = key[h // group], value[h // group] @ self._root[h], weights[h], query[h]
             out = a @ v
+            a = a if slopes is None else a * slopes[h]
             # W_Q: root^T Cov(v, k) R_l, stacked over the sampled l; its Gram matrix is the sum wanted.
             seen = a[sample]  # [P, L]
             moment = (seen[:, :, None] * v).mT @ k - out[sample][:, :, None] * (seen @ k)[:, None, :]  # [P, hd, hd]
-            turned = turn_back(moment, sample, self._inv_freq).reshape(-1, hd) * scale
+            turned = back(moment, "q", h)
             self.queries[h].addmm_(turned.mT, turned)
             # W_K: |u_lm|^2 for the sampled m, then the weighted Gram matrix of R_m^T q_l.
             spread = v[sample].square().sum(-1) - 2 * out @ v[sample].mT + out.square().sum(-1, keepdim=True)  # [L, P]
             size = a[:, sample] * spread.clamp_min(0).sqrt()
             pulled = (size.mT[:, :, None] * q).contiguous()  # [P, L, hd]
-            turned = turn_back(pulled, sample, self._inv_freq).reshape(-1, hd) * scale
+            turned = back(pulled, "k", h // group)
             self.keys[h // group].addmm_(turned.mT, turned)
