@@ -221,8 +221,8 @@ def _markdown(document: dict[str, Any]) -> str:
         "# Calibration on real text and on text that the model writes",
         "",
         f"{settings['model']}, {settings['sequences']} x {settings['sequence_length']} tokens of calibration text, "
-        f"a pool of {settings['pool']:g} candidates per sequence, {settings['evaluated_tokens']:,} tokens of other real "
-        "text evaluated, seed 0. Made by `benchmarks/zero_shot.py`.",
+        f"a pool of {settings['pool']:g} candidates per sequence, {settings['evaluated_tokens']:,} tokens of other "
+        "real text evaluated, seed 0. Made by `benchmarks/zero_shot.py`.",
         "",
         "| recipe | calibrated on | perplexity | KL (nats/token) | KL over real text's | top-1 |",
         "|---|---|---|---|---|---|",
@@ -235,8 +235,8 @@ def _markdown(document: dict[str, Any]) -> str:
     kinds = list(next(iter(document["hessian_distance"].values())))
     lines += [
         "",
-        "Distance of the full-precision Hessians to those of the real text, |H - H_real|_F / |H_real|_F at trace 1, mean",
-        "over the blocks, by the first linear that reads the input:",
+        "Distance of the full-precision Hessians to those of the real text, |H - H_real|_F / |H_real|_F at trace 1,",
+        "mean over the blocks, by the first linear that reads the input:",
         "",
         f"| text | {' | '.join(kinds)} |",
         f"|---|{'---|' * len(kinds)}",

@@ -129,11 +129,13 @@ class Writer:
 def find_conventions(source: SourceModel, seed: int) -> Conventions:
     """How this model's texts begin and end, with its unigram prior."""
     tokenizer = source.tokenizer
-    frame, ends = chat_frame(tokenizer), end_tokens(source)
+    frame = chat_frame(tokenizer)
+    start = start_token(tokenizer, frame)
+    ends = end_tokens(source) | ({start} if start is not None else set())
     forbidden = sorted({*tokenizer.all_special_ids, *ends})
     vocabulary = min(len(tokenizer), source.spec.vocab_size)
     prior = unigram_prior(source.model, vocabulary, forbidden, seed)
-    return Conventions(start_token(source, frame), ends, prior, frame)
+    return Conventions(start, ends, prior, frame)
 
 
 def write_pool(writer: Writer, tokenizer: Any, count: int, needed: int) -> Pool:

@@ -1,7 +1,7 @@
 """The model's own unigram prior: how often it would write each token, with nothing to go by.
 
-The next-token distributions after single tokens are one step of a Markov chain. From the whole vocabulary, a few steps
-of it come close to the chain's stationary distribution, and no data are needed.
+The mean of the distributions that follow pairs of tokens drawn from the whole vocabulary. Pairs, because at the first
+position a model sees only its attention sink (after any single token, SmolLM2 expects a hyphen).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-_CONTEXTS = 128
-_STEPS = 3
+_CONTEXTS = 256
 
 
 @torch.inference_mode()
@@ -26,20 +25,17 @@ def unigram_prior(model: nn.Module, vocabulary: int, forbidden: list[int], seed:
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.ones(vocabulary, dtype=torch.float64)
     allowed[[token for token in forbidden if 0 <= token < vocabulary]] = 0
-    probabilities = allowed / allowed.sum()
-    for _ in range(_STEPS):
-        contexts = torch.multinomial(probabilities, _CONTEXTS, replacement=True, generator=generator)
-        probabilities = _following(model, contexts)[:vocabulary] * allowed
-        probabilities /= probabilities.sum()
+    contexts = torch.multinomial(allowed, 2 * _CONTEXTS, replacement=True, generator=generator)
+    probabilities = _following(model, contexts.view(_CONTEXTS, 2))[:vocabulary] * allowed
     cumulative = probabilities.cumsum(0)
     return (cumulative / cumulative[-1]).numpy()
 
 
 def _following(model: nn.Module, contexts: Tensor) -> Tensor:
-    """Mean distribution of the token after each of `contexts` int64 [n], float64 [model's vocabulary]."""
+    """Mean distribution of the token after each of `contexts` int64 [n, length], float64 [model's vocabulary]."""
     total: Tensor | None = None
     for part in contexts.split(32):
-        probabilities = torch.softmax(model(part[:, None], use_cache=False).logits[:, -1].double(), -1).sum(0)
+        probabilities = torch.softmax(model(part, use_cache=False).logits[:, -1].double(), -1).sum(0)
         total = probabilities if total is None else total + probabilities
     assert total is not None
-    return total / contexts.numel()
+    return total / contexts.shape[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from toolchain.loading import SourceModel
 Schedule = Literal["hot", "greedy", "plain"]
 
 SCHEDULES: tuple[Schedule, ...] = ("hot", "greedy", "plain")
+_SEPARATOR = "<|endoftext|>"
 _HOTTEST = 2.0
 _WARM_TOKENS = 16
 _USER_SHARE, _LONGEST_USER_TURN = 4, 96  # a user's turn takes at most this part of a sequence, and so many tokens
@@ -56,12 +57,17 @@ def end_tokens(source: SourceModel) -> frozenset[int]:
     return frozenset(ends)
 
 
-def start_token(source: SourceModel, frame: ChatFrame | None) -> int | None:
-    """The beginning-of-sequence token, unless there is none or it is what opens a turn of a conversation."""
-    token = source.tokenizer.bos_token_id
-    if token is None or (frame is not None and token in frame.answer):
-        return None
-    return int(token)
+def start_token(tokenizer: Any, frame: ChatFrame | None) -> int | None:
+    """The token before every text, or None.
+
+    The beginning-of-sequence token, unless there is none or it is what opens a turn of a conversation; then the token
+    that GPT-2 and its many heirs put between documents, if the tokenizer knows it.
+    """
+    token = tokenizer.bos_token_id
+    if token is not None and (frame is None or token not in frame.answer):
+        return int(token)
+    separator = tokenizer.get_added_vocab().get(_SEPARATOR)
+    return None if separator is None else int(separator)
 
 
 class Script:
@@ -111,13 +117,11 @@ class Script:
             ended = True
         if not ended:
             return drawn, True
-        if self._turn == "text":
-            self._open(after=drawn)
-            return drawn, True
+        # What starts the next text, or what the template puts after a turn, takes the place of the end.
         frame = self._conventions.frame
-        assert frame is not None
-        # The template says what ends a turn; it takes the place of what was drawn.
-        if self._turn == "user":
+        if self._turn == "text" or frame is None:
+            self._open()
+        elif self._turn == "user":
             self._begin("answer", frame.answer)
         else:
             self._begin("user", frame.follow_up)
@@ -125,19 +129,16 @@ class Script:
 
     def first(self) -> int:
         """The token at position 0."""
-        return self._forced.popleft() if self._forced else self._draw()
+        return self._forced.popleft()
 
-    def _open(self, after: int | None = None) -> None:
+    def _open(self) -> None:
         """Start a text, or a conversation."""
-        if self.chat:
-            assert self._conventions.frame is not None
-            self._begin("user", self._conventions.frame.opening)
-            return
-        start = self._conventions.start
-        # One and the same token may end a text and start the next.
-        prefix = () if start is None or start == after else (start,)
-        self._begin("text", prefix)
-        if start is None and self.schedule != "greedy":
+        frame, start = self._conventions.frame, self._conventions.start
+        if self.chat and frame is not None:
+            self._begin("user", frame.opening)
+        else:
+            self._begin("text", () if start is None else (start,))
+        if not self._forced:
             self._forced.append(self._draw())
 
     def _begin(self, turn: Literal["text", "user", "answer"], prefix: tuple[int, ...]) -> None:
