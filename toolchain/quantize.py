@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -17,7 +18,7 @@ from boa_edge import __version__
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import check_output, output_directory, write_json, write_text
 from boa_edge.progress import say
-from toolchain.calibration import Calibration, load_calibration
+from toolchain.calibration import Calibration, kept_text, load_calibration
 from toolchain.checkpoint import write_weights
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel, load_source
@@ -109,7 +110,7 @@ def quantize(
     say(f"loading {model}")
     source = load_source(model)
     _check_groups(source, chosen)
-    text = load_calibration(calibration, source, chosen.calibration, chosen.seed)
+    text = load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
     others = [chosen.with_method(method) for method in compare if method != chosen.method]
     unfinished = [_resume_file(output, source, each, text) for each in (*others, chosen)]
     rows = [_quantize_and_score(source, *each, text)[1] for each in zip(others, unfinished, strict=False)]
@@ -119,6 +120,7 @@ def quantize(
         _write(directory, source, chosen, text, quantized, rows, original_perplexity, time.monotonic() - start)
     for resume in filter(None, unfinished):
         resume.discard()
+    shutil.rmtree(kept_text(output), ignore_errors=True)
     return QuantizeResult(output, chosen.name, tuple(rows), original_perplexity, time.monotonic() - start)
 
 
@@ -147,6 +149,7 @@ def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibr
         "model": source.files,
         "recipe": recipe.model_dump(),
         "calibration": text.sequences,
+        "weights": text.weights,
         "versions": _versions(),
     }
     return ResumeFile(output, recipe.method, identity)
@@ -157,7 +160,7 @@ def _quantize_and_score(
 ) -> tuple[QuantizedModel, Comparison, float]:
     start = time.monotonic()
     try:
-        quantized = quantize_model(source, recipe, text.sequences, resume)
+        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights)
     except ArithmeticError as error:
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
