@@ -2,7 +2,7 @@
 #   make export DEVICE=arm64 MODEL=<dir | hub id | file.gguf> RECIPE=<name | file> OUT=<dir>
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test lint bench clean
+.PHONY: help setup export test lint bench bench-accuracy clean
 SHELL := /bin/sh
 
 # The first Python from 3.11 on; PYTHON=... chooses another.
@@ -16,10 +16,10 @@ DEVICE ?= arm64
 MODEL ?= default
 RUNTIME ?= onnx
 # The shell reads these from its environment, so that any character may stand in a path.
-export DEVICE MODEL RECIPE RUNTIME OUT CALIBRATION TEXT PYTEST_ARGS
+export DEVICE MODEL RECIPE RUNTIME OUT CALIBRATION TEXT PYTEST_ARGS BENCH_ARGS
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: ## .venv, system packages, the ARM64 library and the runners; a second run does nothing
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }
@@ -39,9 +39,12 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup ## accuracy of every method side by side: CALIBRATION=<text file> TEXT=<held-out text file>, OUT
-	@test -n "$$CALIBRATION" -a -n "$$TEXT" || { echo "make: name two text files: make bench CALIBRATION=<file> TEXT=<file>" >&2; exit 2; }
-	@$(BIN)/python -m benchmarks.accuracy --calibration "$$CALIBRATION" --text "$$TEXT" -o "$${OUT:-out/bench}"
+bench-accuracy: setup ## ours and other quantizers side by side: CALIBRATION=<text file> TEXT=<held-out text file>, OUT, MODEL
+	@test -n "$$CALIBRATION" -a -n "$$TEXT" || { echo "make: name two text files: make bench-accuracy CALIBRATION=<file> TEXT=<file>" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.accuracy --model "$$MODEL" --calibration "$$CALIBRATION" --text "$$TEXT" \
+		-o "$${OUT:-docs/benchmarks}" $$BENCH_ARGS
+
+bench: bench-accuracy ## the same
 
 clean: ## what was built and fetched here: .venv, .cache, out
 	rm -rf .venv .cache out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

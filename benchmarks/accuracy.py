@@ -29,7 +29,16 @@ from torch.func import functional_call
 
 from benchmarks.ours import OURS, recipe_for
 from benchmarks.peers.harness import SUMMARY_FILE, WEIGHTS_FILE
-from benchmarks.peers.table import NOT_RUN, PEERS, EnvironmentFailure, Format, Peer, identity, last_error, python_of
+from benchmarks.peers.table import (
+    NOT_RUN,
+    PEERS,
+    EnvironmentMissingError,
+    Format,
+    Peer,
+    identity,
+    last_error,
+    python_of,
+)
 from benchmarks.report import Outcome, Protocol, write_report
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import output_directory, read_json, write_json
@@ -45,6 +54,16 @@ SETTINGS = "w4g32,w4g128asym,w4asym,w3asym,w2asym"
 OURS_PREFIX = "boa-edge "
 # 200 steps per block are the tool's default; see docs/benchmarks for what they take.
 AUTOROUND_ITERATIONS = 200
+# What every quantizer is started with: no network, no bars, no accelerator.
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 _EVALUATED_AT_ONCE, _EVALUATED_BYTES = 8, 6 << 30
 
 
@@ -155,7 +174,7 @@ class Benchmark:
                 continue
             try:
                 places[contender.label] = self._quantize(contender, setting, seed, path)
-            except (EnvironmentFailure, RunFailure) as error:
+            except (EnvironmentMissingError, QuantizerError) as error:
                 failures[contender.label] = str(error)
                 say(f"{setting.name} {contender.label}: {error}")
         self._evaluate(places)
@@ -207,11 +226,11 @@ class Benchmark:
         if key not in self.environments:
             try:
                 self.environments[key] = python_of(peer, self.arguments.environments.absolute())
-            except EnvironmentFailure as error:
+            except EnvironmentMissingError as error:
                 self.environments[key] = f"not installable here: {error}"
         found = self.environments[key]
         if isinstance(found, str):
-            raise EnvironmentFailure(found)
+            raise EnvironmentMissingError(found)
         return found
 
     def _evaluate(self, places: Mapping[str, Path]) -> None:
@@ -269,19 +288,20 @@ class Benchmark:
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             with output_directory(place) as partial:
-                self.source.model.save_pretrained(partial)
+                model: Any = self.source.model
+                model.save_pretrained(partial)
                 self.source.tokenizer.save_pretrained(partial)
         return place
 
 
-class RunFailure(Exception):
+class QuantizerError(Exception):
     """A quantizer ended with an error; its last line."""
 
 
 def run_quantizer(command: list[str], place: Path, log: Path) -> None:
-    """Run one to its end, its output in `log`. RunFailure with its last line where it fails."""
+    """Run one to its end, its output in `log`. QuantizerError with its last line where it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **_QUIET, "PYTHONPATH": str(ROOT)}
     # Some tools write logs where they stand.
     scratch = place.with_name(f"{place.name}.scratch")
     scratch.mkdir()
@@ -294,7 +314,7 @@ def run_quantizer(command: list[str], place: Path, log: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
     if done.returncode:
         told = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        raise RunFailure(f"failed: {last_error(told)} (exit {done.returncode}; {log.name})")
+        raise QuantizerError(f"failed: {last_error(told)} (exit {done.returncode}; {log.name})")
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
@@ -323,8 +343,7 @@ def calibration_rows(tokens: Tensor, count: int, length: int, seed: int) -> Tens
 def fitting(name: str, source: SourceModel) -> Setting:
     """A setting by name, its group halved until it divides every linear's inputs."""
     weights = load_recipe(f"{name}-rtn").weights
-    modules = [source.model.get_submodule(module) for module in source.spec.linear_inputs()]
-    columns = {module.weight.shape[1] for module in modules if isinstance(module.weight, Tensor)}
+    columns = {source.model.get_parameter(f"{module}.weight").shape[1] for module in source.spec.linear_inputs()}
     group = weights.group_size
     while group is not None and any(count % group for count in columns):
         group //= 2

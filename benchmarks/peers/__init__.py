@@ -1,0 +1,1 @@
+"""Quantizers that others wrote, each run by its own script in an environment of its own."""

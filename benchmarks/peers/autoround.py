@@ -1,0 +1,40 @@
+"""AutoRound: rounding and clipping trained by signed gradient descent, block by block."""
+
+from __future__ import annotations
+
+from auto_round import AutoRound
+from transformers import AutoTokenizer
+
+from benchmarks.peers.harness import Job, Made, linears_of, load_model, main
+
+DEFAULT_ITERATIONS = 200
+
+
+def make(job: Job) -> Made:
+    """Quantize by the tool's defaults; `--iterations` for fewer steps per block."""
+    model = load_model(job)
+    iterations = job.iterations or DEFAULT_ITERATIONS
+    made = Made(notes=[f"{iterations} iterations per block"])
+    tuner = AutoRound(
+        model,
+        tokenizer=AutoTokenizer.from_pretrained(job.model),
+        scheme="W4A16",
+        bits=job.bits,
+        group_size=job.group_size or -1,
+        sym=job.symmetric,
+        iters=iterations,
+        nsamples=job.tokens.shape[0],
+        seqlen=job.tokens.shape[1],
+        dataset=list(job.tokens.split(1)),
+        seed=job.seed,
+        device_map="cpu",
+        low_cpu_mem_usage=False,
+    )
+    with made.timed():
+        model, _ = tuner.quantize()
+    made.weights = {name: linear.weight for name, linear in linears_of(model).items()}
+    return made
+
+
+if __name__ == "__main__":
+    main("auto-round", make)

@@ -1,0 +1,191 @@
+"""The accuracy benchmark on a tiny random model, without the peers' environments."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import accuracy
+from benchmarks.ours import OURS, make
+from benchmarks.peers import table
+from benchmarks.peers.harness import GridError, Job, Made, check_error, check_grid, check_made, load_parameters, main
+from benchmarks.peers.table import EnvironmentMissingError, Format, Peer
+from boa_edge.errors import BoaEdgeError, UsageError
+from toolchain.grids import GridFormat, find_grid
+from toolchain.solvers import rtn
+
+
+@pytest.fixture
+def request_words(model_factory: Callable[..., Path], text_file: Path, tmp_path: Path) -> list[str]:
+    """A request that takes seconds: two settings, one seed, a model whose inputs 128 does not divide."""
+    model = model_factory(hidden_size=64, intermediate_size=96)
+    words = ["--model", str(model), "--calibration", str(text_file), "--text", str(text_file)]
+    words += ["--sequences", "4", "--length", "32", "--tokens", "128", "--seeds", "0"]
+    words += ["--work", str(tmp_path / "work"), "--environments", str(tmp_path / "peers"), "-o", str(tmp_path / "out")]
+    return words
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods that were really run, in order; ours in this process, which saves seconds of imports."""
+    seen: list[str] = []
+    run = accuracy.run_quantizer
+
+    def note(command: list[str], place: Path, log: Path) -> None:
+        seen.append(command[command.index("--variant") + 1])
+        if "benchmarks.ours" in command:
+            main("boa-edge", make, tuple(OURS), command[command.index("benchmarks.ours") + 1 :])
+        else:
+            run(command, place, log)
+
+    monkeypatch.setattr(accuracy, "run_quantizer", note)
+    monkeypatch.setattr(accuracy, "own_source", lambda: "as it is now")
+    return seen
+
+
+def run(words: list[str]) -> tuple[list[dict[str, Any]], str]:
+    """Rows and text of what a request writes."""
+    arguments = accuracy.parse(words)
+    accuracy.Benchmark(arguments).run()
+    rows = json.loads((arguments.output / "accuracy.json").read_text())
+    return rows, (arguments.output / "accuracy.md").read_text()
+
+
+def test_own_methods_are_compared_and_a_second_run_does_nothing(request_words: list[str], counted: list[str]) -> None:
+    words = [*request_words, "--methods", "edge rtn,edge gptq", "--settings", "w4g128,w2asym"]
+    rows, text = run(words)
+    assert counted == ["gptq", "rtn"] * 2
+    assert [(row["method"], row["bits"], row["group_size"], row["symmetric"], row["seed"]) for row in rows] == [
+        ("boa-edge gptq", 4, 32, True, 0),
+        ("boa-edge rtn", 4, 32, True, 0),
+        ("boa-edge gptq", 2, None, False, 0),
+        ("boa-edge rtn", 2, None, False, 0),
+    ]
+    assert all(row["ours"] and row["kl"] > 0 and row["perplexity"] > 1 and row["peak_mb"] > 0 for row in rows)
+    assert rows[0]["kl"] < rows[2]["kl"]
+    assert rows[1]["kl"] < rows[3]["kl"]
+    assert "w4g128 became w4g32" in text
+    output = Path(words[words.index("-o") + 1])
+    assert (output / "accuracy.png").stat().st_size > 1000
+    assert (output / "accuracy.svg").exists()
+    assert run(words)[0] == rows
+    assert len(counted) == 4
+    work = Path(words[words.index("--work") + 1])
+    assert not list(work.glob("runs/*/weights.safetensors"))
+
+
+def test_only_what_is_missing_is_run(request_words: list[str], counted: list[str]) -> None:
+    words = [*request_words, "--methods", "edge rtn", "--settings", "w4g32"]
+    run(words)
+    run([*words, "--seeds", "0,1"])  # round to nearest reads no calibration text
+    assert counted == ["rtn"]
+    rows, _ = run([*words, "--settings", "w4g32,w3asym", "--seeds", "0,1"])
+    assert counted == ["rtn", "rtn"]
+    assert [(row["setting"], row["seed"]) for row in rows] == [("w4g32", 0), ("w4g32", 1), ("w3asym", 0), ("w3asym", 1)]
+
+
+def test_peers_that_fail_are_listed_and_stop_nobody(
+    request_words: list[str], counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(wanted: Format) -> str | None:
+        return "no such grid" if wanted.bits == 2 else None
+
+    requirements = ("nothing==1",)
+    peers = {
+        "refuser": Peer("torch_ao", "rtn", None, (), refuses, calibrated=False),
+        "breaker": Peer("no_such_script", "rtn", None, (), lambda _: None),
+        "absent": Peer("torch_ao", "rtn", "absent", requirements, lambda _: None),
+    }
+    monkeypatch.setattr(accuracy, "PEERS", peers)
+    monkeypatch.setattr(accuracy, "identity", lambda peer: peer.script)
+
+    def python_of(peer: Peer, place: Path) -> Path:
+        if peer.environment:
+            raise EnvironmentMissingError("ERROR: No matching distribution found for nothing==1")
+        return Path(sys.executable)
+
+    monkeypatch.setattr(accuracy, "python_of", python_of)
+    words = [*request_words, "--methods", "edge rtn,refuser,breaker,absent", "--settings", "w2asym"]
+    rows, text = run(words)
+    assert [row["method"] for row in rows] == ["boa-edge rtn"]
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "not supported: no such grid" in lines["refuser"]
+    assert "No module named" in lines["breaker"]
+    assert "not installable here: ERROR: No matching distribution" in lines["absent"]
+    assert "torchao GPTQ" in text
+
+
+def test_each_quantizer_is_a_process_of_its_own(request_words: list[str]) -> None:
+    rows, text = run([*request_words, "--methods", "edge rtn,torchao rtn", "--settings", "w4asym"])
+    assert [row["ours"] for row in rows] == [True, False]
+    assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], rel=0.3)
+    assert "torchao 0.18.0" in text
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 16])
+def test_the_grid_check_knows_a_grid(symmetric: bool, group: int | None) -> None:
+    weight = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0)) + (0 if symmetric else 1)
+    grid = find_grid(weight, GridFormat(3, group, symmetric), "minmax")
+    value = grid.quantized(rtn.solve(weight, grid)).dequantize()
+    check_grid("w", value, 3, group, symmetric)
+    check_error({"w": weight[0]}, {"w": value}, 3, group, symmetric)
+    with pytest.raises(GridError, match="values in one group"):
+        check_grid("w", value, 2, group, symmetric=False)
+    if not symmetric:
+        with pytest.raises(GridError, match="it is asymmetric"):
+            check_grid("w", value, 3, group, symmetric=True)
+    astray = value.clone()
+    astray[5, int(astray[5].abs().argmax())] *= 1.01
+    with pytest.raises(GridError, match=r"no even grid|values in one group"):
+        check_grid("w", astray, 3, group, symmetric)
+    if group is None:  # a zero point that is off by one moves all weights by a step
+        step = grid.quantized(rtn.solve(weight, grid)).scales
+        with pytest.raises(GridError, match="misread"):
+            check_error({"w": weight[0]}, {"w": value + step}, 3, group, symmetric)
+
+
+def test_what_was_made_is_checked_as_a_whole(tiny_model: Path, tmp_path: Path) -> None:
+    job = Job(tiny_model, torch.zeros(1, 8, dtype=torch.int64), 4, None, False, 0, "default", 0, tmp_path)
+    original = load_parameters(tiny_model)
+    name = "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(GridError, match="block linears were not quantized"):
+        check_made(job, Made(weights={name: original[name]}))
+    with pytest.raises(GridError, match="outside the blocks"):
+        check_made(job, Made(weights=dict(original)))
+    inside = {key: value for key, value in original.items() if key.startswith("model.layers.") and value.ndim == 2}
+    with pytest.raises(GridError, match="values in one group"):
+        check_made(job, Made(weights=inside))
+
+
+def test_calibration_windows_are_chosen_by_the_seed_and_do_not_overlap() -> None:
+    tokens = torch.arange(1000)
+    rows = accuracy.calibration_rows(tokens, 6, 100, seed=1)
+    assert torch.equal(rows, accuracy.calibration_rows(tokens, 6, 100, seed=1))
+    assert not torch.equal(rows, accuracy.calibration_rows(tokens, 6, 100, seed=2))
+    assert rows.unique().numel() == rows.numel() == 600
+    assert accuracy.calibration_rows(tokens, 10, 100, seed=3).unique().numel() == 1000
+    with pytest.raises(BoaEdgeError, match="1000 tokens"):
+        accuracy.calibration_rows(tokens, 11, 100, seed=0)
+
+
+def test_a_filter_that_names_nothing_is_an_error() -> None:
+    assert [one.label for one in accuracy.chosen("torchao")] == ["torchao RTN", "torchao HQQ"]
+    with pytest.raises(UsageError, match="no method 'awk'"):
+        accuracy.chosen("awk")
+
+
+def test_every_peer_has_its_script_and_a_word_for_every_default_setting() -> None:
+    for peer in table.PEERS.values():
+        assert (table.HERE / f"{peer.script}.py").exists()
+        assert all("==" in requirement for requirement in peer.requirements)
+        flags = (False, True)
+        answers = [peer.refuses(Format(bits, group, flag)) for bits in (2, 4) for group in (None, 32) for flag in flags]
+        assert None in answers
+    assert table.last_error("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
