@@ -1,8 +1,9 @@
 """Where a weight's grid lies: scales and zero points per output channel or per group, by three searches.
 
 A grid is fixed before the codes are solved. Asymmetric grids follow BoA's search (arXiv 2406.13474, released
-configuration): the range (min, max), which always includes 0, is shrunk in steps, both roundings of the zero point are
-tried, and the candidate with the lowest score wins. The score of a row's rounding error e is
+configuration): the range (min, max), which always includes 0, is shrunk in steps; around the best, finer steps and both
+roundings of the zero point are tried, and the candidate with the lowest score wins. The score of a row's rounding
+error e is
 
     minmax          none: the unshrunk range
     squared_error   sum(e^2)
@@ -29,7 +30,7 @@ ScaleSearch = Literal["minmax", "squared_error", "hessian"]
 # The fewer the levels, the more of the range it can pay to clip: how far the search shrinks it.
 _SMALLEST_SHRINK = {2: 0.3, 3: 0.5, 4: 0.6, 8: 0.95}
 _COARSE_STEP = 0.05
-_FINE = (-0.025, 0.025)
+_FINE = (-0.025, 0.0, 0.025)
 _SMALLEST_SCALE = 2.0**-100
 
 
@@ -117,7 +118,7 @@ def find_grid(weight: Tensor, fmt: GridFormat, search: ScaleSearch, hessian: Ten
         centre = best_shrink if steps is _FINE else torch.zeros_like(low)
         for step in steps:
             shrink = centre + step
-            for scale, zero in _candidates(low, high, shrink, fmt):
+            for scale, zero in _candidates(low, high, shrink, fmt, both=steps is _FINE):
                 score = _score(grouped, scale, zero, fmt.bits, blocks)
                 better = score < best
                 best = torch.where(better, score, best)
@@ -136,8 +137,10 @@ def _diagonal_blocks(hessian: Tensor, size: int) -> Tensor:
     return blocks[:, index, :, index, :].transpose(0, 1).contiguous()
 
 
-def _candidates(low: Tensor, high: Tensor, shrink: Tensor, fmt: GridFormat) -> Iterator[tuple[Tensor, Tensor]]:
-    roundings: tuple[Rounding, ...] = (torch.round,) if fmt.symmetric else (torch.floor, torch.ceil)
+def _candidates(
+    low: Tensor, high: Tensor, shrink: Tensor, fmt: GridFormat, *, both: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    roundings: tuple[Rounding, ...] = (torch.floor, torch.ceil) if both and not fmt.symmetric else (torch.round,)
     for rounding in roundings:
         yield _candidate(low, high, shrink, fmt, rounding)
 

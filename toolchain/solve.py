@@ -75,7 +75,7 @@ def solve_stage(
         weights: original weights [out, in] by role.
         output_weight: the original weight of `o`, [hidden, heads * head_dim].
     """
-    factors = _Factors(settings.damping)
+    factors = _Factors(settings.damping, options.activation_order)
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
     if options.attention_rows != "none":
@@ -110,15 +110,18 @@ def solve_stage(
 class _Factors:
     """Inverse factors of one stage, each computed once; projections that share an input share its factor."""
 
-    def __init__(self, damping: float) -> None:
-        self._damping = damping
+    def __init__(self, damping: float, ordered: bool) -> None:
+        self._damping, self._ordered = damping, ordered
         self._known: dict[int, tuple[Tensor, InverseFactor]] = {}
 
     def of(self, hessian: Tensor) -> InverseFactor:
         """The factor of a Hessian [n, d, d]."""
         # Keyed by storage; the tensor is kept so that its address is not used again.
         if hessian.data_ptr() not in self._known:
-            self._known[hessian.data_ptr()] = hessian, inverse_factor(hessian, self._damping)
+            self._known[hessian.data_ptr()] = (
+                hessian,
+                inverse_factor(hessian, self._damping, ordered=self._ordered),
+            )
         return self._known[hessian.data_ptr()][1]
 
 
@@ -156,9 +159,8 @@ def _target(weight: Tensor, statistics: BlockStatistics, role: str, factor: Inve
     """
     if not strength or role not in statistics.targets:
         return weight
-    lacking = (statistics.targets[role] - weight @ statistics.inputs[role]).to(torch.float64)
-    upper = factor.upper[0].to(torch.float64)
-    return weight + strength * ((lacking @ upper.mT) @ upper).to(weight.dtype)
+    lacking = statistics.targets[role] - weight @ statistics.inputs[role]
+    return weight + strength * factor.solve(lacking[None])[0]
 
 
 @dataclass(frozen=True)
@@ -176,10 +178,21 @@ def _solve(
     column_factor = factors.of(columns)
     row_factor = None if rows is None else factors.of(rows)
 
+    def in_order(tensor: Tensor) -> Tensor:
+        tensor = column_factor.take(tensor, 2)
+        return tensor if row_factor is None else row_factor.take(tensor, 1)
+
+    ordered_target = in_order(target)
+
     def solve(grid: Grid) -> Tensor:
+        if options.activation_order:
+            scales, zeros = grid.expand(target.shape[-1])
+            grid = Grid(in_order(scales), in_order(zeros), grid.format)
         if row_factor is None:
-            return gptq.solve(target, column_factor.upper, grid)
-        return boa.solve(target, column_factor.upper, row_factor.upper, grid)
+            codes = gptq.solve(ordered_target, column_factor.upper, grid)
+        else:
+            codes = row_factor.put_back(boa.solve(ordered_target, column_factor.upper, row_factor.upper, grid), 1)
+        return column_factor.put_back(codes, 2)
 
     def loss(codes: Tensor, grid: Grid) -> Tensor:
         scales, zeros = grid.expand(target.shape[-1])

@@ -21,6 +21,7 @@ from torch import Tensor
 from toolchain.grids import Grid, round_to_grid
 
 _TILE = 64
+_WIDE_TILE = 1024
 
 # (rows of the weight as they stand now [n, N, columns]) -> their grid.
 Regrid = Callable[[Tensor], Grid]
@@ -69,7 +70,8 @@ class _State:
         _, self.rows, self.columns = weight.shape
         self.tile_rows = min(tile_rows, self.rows)
         self.row_tiles = -(-self.rows // self.tile_rows)
-        self.tile_columns = min(_TILE, self.columns)
+        # One row of tiles has nothing to batch: then a tile may as well be wide, which saves steps.
+        self.tile_columns = min(_TILE if self.row_tiles > 1 else _WIDE_TILE, self.columns)
         self.column_tiles = -(-self.columns // self.tile_columns)
         rows, columns = self.row_tiles * self.tile_rows, self.column_tiles * self.tile_columns
         self._weight = _pad(weight, rows, columns)

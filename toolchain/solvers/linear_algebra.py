@@ -12,26 +12,50 @@ _LADDER = (1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """Upper triangular U with H^-1 = U^T U, after damping H += damping * mean(diag H) * I.
+    """Upper triangular U with P H^-1 P^T = U^T U, after damping H += damping * mean(diag H) * I.
 
     Attributes:
         upper: [n, d, d].
         damping: the relative damping that was used; above the one asked for where H was not positive definite.
+        order: int64 [n, d], the order P in which the variables are taken; None for their own.
     """
 
     upper: Tensor
     damping: float
+    order: Tensor | None = None
+
+    def take(self, tensor: Tensor, dim: int) -> Tensor:
+        """`tensor` [m, ..., ...] with its entries along `dim` (1 or 2) in the factor's order; m = n, or n = 1."""
+        return tensor if self.order is None else tensor.gather(dim, self._index(tensor, dim, self.order))
+
+    def put_back(self, tensor: Tensor, dim: int) -> Tensor:
+        """The inverse of `take`."""
+        return tensor if self.order is None else tensor.gather(dim, self._index(tensor, dim, self.order.argsort(-1)))
+
+    def _index(self, tensor: Tensor, dim: int, order: Tensor) -> Tensor:
+        return order.unsqueeze(3 - dim).expand_as(tensor)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """`right` [n, rows, d] times H^-1."""
+        return self.put_back(self.take(right, 2) @ self.upper.mT @ self.upper, 2)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
+def inverse_factor(hessian: Tensor, damping: float, *, ordered: bool = False) -> InverseFactor:
     """Factor a stack of Hessians [n, d, d] in float64; the result has the input's dtype.
 
     Columns that no input ever used (zero diagonal) get the mean diagonal, so that they round to nearest.
 
+    Args:
+        ordered: take the variables by falling diagonal (GPTQ's activation order).
+
     Raises:
         ArithmeticError: not positive definite even at a hundred times the damping.
     """
+    order = None
     H = hessian.to(torch.float64)
+    if ordered:
+        order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None, :].expand_as(H))
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
@@ -44,5 +68,5 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
             # The inverse of a positive definite matrix is one too, up to the rounding that made it unsymmetric.
             upper, failed = torch.linalg.cholesky_ex((inverse + inverse.mT) / 2, upper=True)
             if not bool(failed.any()):
-                return InverseFactor(upper.to(hessian.dtype), damping * step)
+                return InverseFactor(upper.to(hessian.dtype), damping * step, order)
     raise ArithmeticError(f"a Hessian is not positive definite even with damping {damping * _LADDER[-1]}")

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from toolchain.statistics.gauss_newton import GaussNewtonRows
 
 ATTENTION = "boa_edge"
+_BLOCK = 128
 
 
 class Stop(Exception):  # noqa: N818  not an error: ends a forward pass that has shown what was wanted
@@ -169,8 +170,30 @@ class AttentionRecorder:
         weights *= self._root_weights
         if root is not None:
             weights *= root[:, None, :, None]
-        stacked = weights.view(batch, groups, heads // groups * length, length)
+        # A_h is lower triangular and both products are symmetric: blocks that are zero or known are left out.
+        stacked = weights.view(batch, groups, heads // groups, length, length)
+        mixing = weights.new_empty(groups, length, length)
+        panels = self._panels(self.values.shape[-1])
         for sequence in range(batch):
             x = self.x[sequence]
-            mixing = torch.bmm(stacked[sequence].mT, stacked[sequence])
-            self.values.baddbmm_(x.mT.expand(groups, -1, -1), mixing @ x)
+            for start in range(0, length, _BLOCK):
+                stop = min(start + _BLOCK, length)
+                rows = stacked[sequence, :, :, start:, :stop].reshape(groups, -1, stop)
+                mixing[:, :stop, start:stop] = rows.mT @ rows[:, :, start:]
+                mixing[:, start:stop, :start] = mixing[:, :start, start:stop].mT
+            mixed = mixing @ x
+            for start, stop in panels:
+                self.values[:, :stop, start:stop].baddbmm_(
+                    x[:, :stop].mT.expand(groups, -1, -1), mixed[:, :, start:stop]
+                )
+
+    @staticmethod
+    def _panels(width: int) -> list[tuple[int, int]]:
+        return [(start, min(start + 2 * _BLOCK, width)) for start in range(0, width, 2 * _BLOCK)]
+
+    def value_hessians(self) -> Tensor | None:
+        """The values' second moments so far, whole and symmetric."""
+        if self.values is None:
+            return None
+        upper = self.values.triu()
+        return upper + upper.triu(1).mT

@@ -207,13 +207,14 @@ def _mlp_rows(runner: BlockRunner) -> MlpRows:
 def recorder_statistics(known: BlockStatistics, recorder: AttentionRecorder, spec: DecoderSpec) -> BlockStatistics:
     """`known`, with what the recorder has seen."""
     factor = 2.0 / recorder.weight
+    values = recorder.value_hessians()
     group = spec.heads // spec.kv_heads
     return BlockStatistics(
         inputs=known.inputs,
         targets=known.targets,
         keys=recorder.keys * factor if recorder.logits else None,
         queries=recorder.queries * factor if recorder.logits else None,
-        values=recorder.values * (factor / group) if recorder.values is not None else None,
+        values=values * (factor / group) if values is not None else None,
         positions=known.positions,
         layer=known.layer,
         head_norms=known.head_norms,

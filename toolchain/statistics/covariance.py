@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PANELS = 3
+_PANEL = 256
 
 
 class Covariance:
     """Running 2 E[w x x^T], [d, d], and, against a second stream, 2 E[w y x^T].
 
-    Only the blocks on and above the diagonal are accumulated, a third less work.
+    Only the blocks on and above the diagonal are accumulated, up to half the work.
 
     Args:
         like: decides dtype and device.
@@ -20,8 +20,7 @@ class Covariance:
     def __init__(self, width: int, like: Tensor) -> None:
         self.total = like.new_zeros(width, width)
         self.weight = 0.0
-        step = -(-width // _PANELS) if width >= 128 else width
-        self._panels = [(start, min(start + step, width)) for start in range(0, width, step)]
+        self._panels = [(start, min(start + _PANEL, width)) for start in range(0, width, _PANEL)]
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """x [..., d]; weights [...] of the tokens, all one where None."""
