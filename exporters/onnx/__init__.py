@@ -15,6 +15,7 @@ from exporters.bundle import RUNTIME, SCHEMA_VERSION, RuntimeConfig, token_ids
 from exporters.onnx.decoder import DecoderBuilder
 from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.kernels import FUSED_GROUPS, carrier, session_config
+from exporters.onnx.lowerable import ACCEPTED, obstacles
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import Checkpoint
@@ -39,11 +40,18 @@ def _schemes(checkpoint: Checkpoint) -> list[tuple[str, int, int | None]]:
 
 
 def check(checkpoint: Checkpoint, activations: Activations) -> None:
-    """Refuse group sizes that ONNX Runtime does not fuse: they would run some 20 times slower.
+    """Refuse decoders that the graph cannot hold, and group sizes that ONNX Runtime does not fuse: they would run some
+    20 times slower.
 
     Raises:
-        BoaEdgeError: with the sizes that work.
+        BoaEdgeError: with what is accepted.
     """
+    if found := obstacles(checkpoint.spec):
+        raise BoaEdgeError(
+            f"ONNX export of the family {checkpoint.spec.family!r} is not there yet, for want of: {', '.join(found)}",
+            where=checkpoint.path / "config.json",
+            fix=f"Accepted: {ACCEPTED}",
+        )
     for what, _, group_size in _schemes(checkpoint):
         if group_size is not None and group_size not in FUSED_GROUPS:
             sizes = ", ".join(str(size) for size in FUSED_GROUPS)

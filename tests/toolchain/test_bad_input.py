@@ -64,7 +64,7 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ("lost shard", name_a_lost_shard, "model-00001-of-00002.safetensors: the weights are missing"),
     ("own code", lambda m: edit_config(m, auto_map={"AutoModelForCausalLM": "x.Y"}), "code of its own directory"),
     ("architecture", lambda m: edit_config(m, architectures=["MambaForCausalLM"]), "no adapter for model_type"),
-    ("model type", lambda m: edit_config(m, model_type="nothing"), "Accepted architectures: LlamaForCausalLM"),
+    ("model type", lambda m: edit_config(m, model_type="nothing"), "Accepted architectures: Gemma2ForCausalLM"),
     ("quantized", lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), "is quantized already"),
     ("activation", lambda m: edit_config(m, hidden_act="gelu"), "activation 'gelu'"),
     ("shape", lambda m: edit_config(m, intermediate_size=128), "mismatched keys"),
@@ -93,7 +93,7 @@ def write_gguf(path: Path, architecture: str) -> Path:
 
 
 def test_a_gguf_of_another_family(tmp_path: Path) -> None:
-    with pytest.raises(BoaEdgeError, match=r"GGUF of architecture 'mamba'\. Accepted: llama"):
+    with pytest.raises(BoaEdgeError, match=r"GGUF of architecture 'mamba'\. Accepted: gemma2"):
         load_source(str(write_gguf(tmp_path / "m.gguf", "mamba")))
 
 

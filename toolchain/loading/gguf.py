@@ -15,12 +15,15 @@ from boa_edge.files import sha256_file
 from toolchain.families import FAMILIES, describe
 from toolchain.loading.source import SourceModel
 
+# Sizes of heads that are not read from the file (Qwen3), or on which a scale depends that is not in it (Gemma).
+_ASSUMED_HEADS = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
+
 
 def load_gguf(path: Path, identity: str) -> SourceModel:
     """Load a GGUF file in float32.
 
     Raises:
-        BoaEdgeError: the file is damaged, or of a family that nobody serves.
+        BoaEdgeError: the file is damaged, of a family that nobody serves, or says what `transformers` does not read.
     """
     metadata = _metadata(path)
     architecture = metadata.get("general.architecture")
@@ -28,6 +31,7 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
     if architecture not in accepted:
         problem = f"GGUF of architecture {architecture!r}"
         raise BoaEdgeError(problem, where=path, fix=f"Accepted: {', '.join(accepted)}")
+    _check_understood(metadata, path)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
@@ -59,12 +63,38 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """Scalar metadata of the file; reading it also proves that every tensor lies inside the file."""
+    """Scalar metadata of the file, and under `rope_tensors` the names of tensors that hold RoPE factors.
+
+    Reading it also proves that every tensor lies inside the file.
+    """
     try:
         reader = GGUFReader(path)
         fields = reader.fields.items()
-        wanted = ("general.architecture",)
-        return {key: field.contents() for key, field in fields if key in wanted or key.endswith("token_id")}
+        wanted = (
+            "general.architecture",
+            "token_id",
+            "rope.scaling.type",
+            "rope.scaling.factor",
+            "attention.key_length",
+        )
+        metadata = {key: field.contents() for key, field in fields if key.endswith(wanted)}
+        return metadata | {"rope_tensors": [t.name for t in reader.tensors if t.name.startswith("rope_f")]}
     except (ValueError, IndexError, OverflowError, struct.error, UnicodeDecodeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BoaEdgeError(f"is truncated or no GGUF file ({reason})", where=path, fix="Download it again") from None
+
+
+def _check_understood(metadata: dict[str, Any], path: Path) -> None:
+    """Refuse what would be loaded as another model: `transformers` passes over these without a word."""
+    architecture = metadata["general.architecture"]
+    ignored = [f"tensor {name}" for name in metadata["rope_tensors"]]
+    if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
+        ignored.append(f"{architecture}.rope.scaling")
+    elif float(metadata.get(f"{architecture}.rope.scaling.factor", 1.0)) != 1.0:
+        ignored.append(f"{architecture}.rope.scaling.factor")
+    assumed = _ASSUMED_HEADS.get(architecture)
+    if assumed is not None and metadata.get(f"{architecture}.attention.key_length", assumed) != assumed:
+        ignored.append(f"heads of another size than {assumed}")
+    if ignored:
+        problem = f"`transformers` does not read its {', '.join(ignored)} and would load another model"
+        raise BoaEdgeError(problem, where=path, fix="Use the model's safetensors files")
