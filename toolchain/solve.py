@@ -211,8 +211,8 @@ def _solve(
         grid = Grid(
             torch.where(better, other.scales, grid.scales), torch.where(better, other.zeros, grid.zeros), grid.format
         )
-    if options.sweeps and rows is None:
-        codes = descend(target, codes, grid, columns, options.sweeps)
+    if options.sweeps:
+        codes = descend(target, codes, grid, columns, rows, options.sweeps)
         best = loss(codes, grid)
     damping = column_factor.damping if row_factor is None else max(column_factor.damping, row_factor.damping)
     return _Solution(codes, grid, float(best.sum(dtype=torch.float64)), damping)

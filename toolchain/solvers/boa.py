@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from toolchain.grids import Grid, round_to_grid
+from toolchain.quantized import code_range
+from toolchain.solvers import kernels
 
 _TILE = 64
 _WIDE_TILE = 1024
@@ -35,6 +37,20 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
         upper_column: [1 or n, columns, columns], U_c.
         upper_row: [n, rows, rows], U_r.
     """
+    if weight.device.type == "cpu":
+        n, _, columns = weight.shape
+        low, high = code_range(grid.format.bits)
+        codes = torch.empty_like(weight)
+        coupling = upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        upper = upper_column.expand(n, columns, columns)
+        arrays = [tensor.contiguous().numpy() for tensor in (upper, coupling, *grid.expand(columns))]
+        kernels.two_sided(weight.clone().numpy(), *arrays, low, high, codes.numpy())
+        return codes
+    return solve_in_tiles(weight, upper_column, upper_row, grid)
+
+
+def solve_in_tiles(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -> Tensor:
+    """The same as tensor operations, for accelerators."""
     state = _State(weight, upper_column, upper_row, _TILE)
     state.set_grid(grid, 0)
     for front in range(state.row_tiles + state.column_tiles - 1):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from toolchain.grids import Grid, round_to_grid
+from toolchain.quantized import code_range
+from toolchain.solvers import kernels
 
 _BLOCK = 64
 
@@ -25,26 +27,46 @@ def solve(weight: Tensor, upper: Tensor, grid: Grid) -> Tensor:
     n, _, columns = weight.shape
     upper = upper.expand(n, columns, columns)
     scales, zeros = grid.expand(columns)
+    solve_block = _compiled_block if weight.device.type == "cpu" else tensor_block
     open_weight = weight.clone()
     codes = torch.empty_like(weight)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        # Column-major inside the block: a column is then one contiguous run.
-        block = open_weight[:, :, start:stop].transpose(1, 2).contiguous()
-        block_scales = scales[:, :, start:stop].transpose(1, 2).contiguous()
-        block_zeros = zeros[:, :, start:stop].transpose(1, 2).contiguous()
-        block_codes = torch.empty_like(block)
-        errors = torch.empty_like(block)
-        factor = upper[:, start:stop, start:stop]
-        pivots = factor.diagonal(dim1=-2, dim2=-1)
-        for j in range(stop - start):
-            column, scale, zero = block[:, j], block_scales[:, j], block_zeros[:, j]
-            code = round_to_grid(column, scale, zero, grid.format.bits)
-            error = (column - (code - zero) * scale) / pivots[:, j, None]
-            block_codes[:, j] = code
-            errors[:, j] = error
-            block[:, j + 1 :].baddbmm_(factor[:, j, j + 1 :, None], error[:, None, :], alpha=-1)
-        codes[:, :, start:stop] = block_codes.transpose(1, 2)
+        block_codes, errors = solve_block(
+            open_weight[:, :, start:stop].contiguous(),
+            scales[:, :, start:stop].contiguous(),
+            zeros[:, :, start:stop].contiguous(),
+            upper[:, start:stop, start:stop].contiguous(),
+            grid.format.bits,
+        )
+        codes[:, :, start:stop] = block_codes
         if stop < columns:
-            open_weight[:, :, stop:].baddbmm_(errors.transpose(1, 2), upper[:, start:stop, stop:], alpha=-1)
+            open_weight[:, :, stop:].baddbmm_(errors, upper[:, start:stop, stop:], alpha=-1)
     return codes
+
+
+def _compiled_block(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    arrays = [tensor.numpy() for tensor in (weight, factor, scales, zeros)]
+    kernels.one_sided_block(*arrays, *code_range(bits), codes.numpy(), errors.numpy())
+    return codes, errors
+
+
+def tensor_block(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes and errors of one block of columns, as tensor operations.
+
+    Args:
+        weight, scales, zeros: [n, rows, block]; factor: [n, block, block].
+    """
+    # Column-major inside the block: a column is then one contiguous run.
+    block, scales, zeros = (tensor.transpose(1, 2).contiguous() for tensor in (weight, scales, zeros))
+    codes, errors = torch.empty_like(block), torch.empty_like(block)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    for j in range(block.shape[1]):
+        column, scale, zero = block[:, j], scales[:, j], zeros[:, j]
+        code = round_to_grid(column, scale, zero, bits)
+        error = (column - (code - zero) * scale) / pivots[:, j, None]
+        codes[:, j] = code
+        errors[:, j] = error
+        block[:, j + 1 :].baddbmm_(factor[:, j, j + 1 :, None], error[:, None, :], alpha=-1)
+    return codes.transpose(1, 2), errors.transpose(1, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from toolchain.grids import Grid, round_scale
 from toolchain.quantized import code_range
+from toolchain.solvers import kernels
 
 _RIDGE = 1e-3  # relative; holds scales that the loss hardly sees where they are
 
@@ -94,34 +95,22 @@ def _refit_heads(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor
     return torch.linalg.solve(normal, right.unsqueeze(-1)).to(scales.dtype)
 
 
-def descend(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, sweeps: int) -> Tensor:
-    """Coordinate descent on the codes of a one-sided problem: columns in order, all rows at once.
+def descend(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None, sweeps: int) -> Tensor:
+    """Coordinate descent on the codes, at most `sweeps` times through all of them; every step lowers the loss.
 
-    Returns: codes [n, rows, columns] of a loss that is not higher.
+    Args:
+        target, codes: [n, rows, columns].
+    Returns: codes of a loss that is not higher.
     """
     n, _, width = codes.shape
     low, high = code_range(grid.format.bits)
-    columns = columns.expand(n, width, width)
     scales, zeros = grid.expand(width)
-    codes = codes.clone()
-    block = 64
-    for _ in range(sweeps):
-        gradient = ((codes - zeros) * scales - target) @ columns
-        for start in range(0, width, block):
-            stop = min(start + block, width)
-            inner = gradient[:, :, start:stop].transpose(1, 2).contiguous()
-            block_scales = scales[:, :, start:stop].transpose(1, 2).contiguous()
-            old = codes[:, :, start:stop].transpose(1, 2).contiguous()
-            new = old.clone()
-            curvature = columns[:, start:stop, start:stop]
-            diagonal = curvature.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30)
-            moved = torch.empty_like(inner)
-            for j in range(stop - start):
-                scale = block_scales[:, j]
-                step = inner[:, j] / (diagonal[:, j, None] * scale)
-                new[:, j] = torch.clamp(torch.round(old[:, j] - step), low, high)
-                moved[:, j] = (new[:, j] - old[:, j]) * scale
-                inner.baddbmm_(curvature[:, :, j, None], moved[:, j, None, :])
-            codes[:, :, start:stop] = new.transpose(1, 2)
-            gradient.baddbmm_(moved.transpose(1, 2), columns[:, start:stop])
-    return codes
+    gradient = ((codes - zeros) * scales - target) @ columns
+    if rows is not None:
+        gradient = rows @ gradient
+    result = codes.clone().cpu()
+    hessians = [columns.expand(n, width, width)] + ([] if rows is None else [rows])
+    arrays = [tensor.contiguous().cpu().numpy() for tensor in (gradient, *hessians, scales)]
+    kernel = kernels.descend_rows if rows is None else kernels.descend_heads
+    kernel(*arrays, low, high, result.numpy(), sweeps)
+    return result.to(codes.device)

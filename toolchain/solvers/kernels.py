@@ -1,0 +1,107 @@
+"""The solvers' loops, compiled for the CPU: the same arithmetic as their tensor forms, one weight after the other.
+
+A weight's columns must be rounded in order, which as tensor operations is a call per column; compiled, a row is one
+loop. Used where tensors are on the CPU; every kernel is tested against the tensor form or the dense solver.
+
+Shapes: weight, scales, zeros, codes [n, rows, columns]; factors and Hessians [n, d, d]. All arrays are contiguous.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def one_sided_block(weight, upper, scales, zeros, low, high, codes, errors):  # type: ignore[no-untyped-def]
+    """GPTQ over a block of columns; rows are independent. `weight` is overwritten, `codes` and `errors` are filled."""
+    n, rows, columns = weight.shape
+    for task in prange(n * rows):
+        h, i = task // rows, task % rows
+        row = weight[h, i].copy()
+        for j in range(columns):
+            scale, zero = scales[h, i, j], zeros[h, i, j]
+            code = min(max(np.rint(row[j] / scale) + zero, low), high)
+            codes[h, i, j] = code
+            error = (row[j] - (code - zero) * scale) / upper[h, j, j]
+            errors[h, i, j] = error
+            factor = upper[h, j]
+            for k in range(j + 1, columns):
+                row[k] -= error * factor[k]
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def two_sided(weight, upper, coupling, scales, zeros, low, high, codes):  # type: ignore[no-untyped-def]
+    """BoA: heads are independent, rows of a head are not. `weight` is overwritten with row_start - rounded.
+
+    coupling [n, rows, rows]: U_r[i, i'] / U_r[i, i], what row i' takes of the change of row i.
+    """
+    n, rows, columns = weight.shape
+    for h in prange(n):
+        for i in range(rows):
+            start = weight[h, i]
+            for earlier in range(i):
+                pull, change = coupling[h, earlier, i], weight[h, earlier]
+                for k in range(columns):
+                    start[k] -= pull * change[k]
+            row = start.copy()
+            for j in range(columns):
+                scale, zero = scales[h, i, j], zeros[h, i, j]
+                value = row[j]
+                code = min(max(np.rint(value / scale) + zero, low), high)
+                codes[h, i, j] = code
+                rounded = (code - zero) * scale
+                start[j] -= rounded
+                error = (value - rounded) / upper[h, j, j]
+                factor = upper[h, j]
+                for k in range(j + 1, columns):
+                    row[k] -= error * factor[k]
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def descend_rows(gradient, columns_hessian, scales, low, high, codes, sweeps):  # type: ignore[no-untyped-def]
+    """Coordinate descent, H_row the identity. gradient [n, rows, columns] = D H_col, kept up to date."""
+    n, rows, columns = codes.shape
+    for task in prange(n * rows):
+        h, i = task // rows, task % rows
+        for _ in range(sweeps):
+            changed = 0
+            for j in range(columns):
+                scale = scales[h, i, j]
+                old = codes[h, i, j]
+                new = min(max(np.rint(old - gradient[h, i, j] / (columns_hessian[h, j, j] * scale)), low), high)
+                if new != old:
+                    codes[h, i, j] = new
+                    step = (new - old) * scale
+                    changed += 1
+                    slope, curvature = gradient[h, i], columns_hessian[h, j]
+                    for k in range(columns):
+                        slope[k] += step * curvature[k]
+            if changed == 0:
+                break
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def descend_heads(gradient, columns_hessian, rows_hessian, scales, low, high, codes, sweeps):  # type: ignore[no-untyped-def]
+    """Coordinate descent on tr(H_row D H_col D^T). gradient [n, rows, columns] = H_row D H_col, kept up to date."""
+    n, rows, columns = codes.shape
+    for h in prange(n):
+        for _ in range(sweeps):
+            changed = 0
+            for i in range(rows):
+                for j in range(columns):
+                    scale = scales[h, i, j]
+                    old = codes[h, i, j]
+                    curvature = rows_hessian[h, i, i] * columns_hessian[h, j, j] * scale
+                    new = min(max(np.rint(old - gradient[h, i, j] / curvature), low), high)
+                    if new != old:
+                        codes[h, i, j] = new
+                        changed += 1
+                        step = (new - old) * scale
+                        spread = columns_hessian[h, j]
+                        for other in range(rows):
+                            pull, slope = step * rows_hessian[h, i, other], gradient[h, other]
+                            for k in range(columns):
+                                slope[k] += pull * spread[k]
+            if changed == 0:
+                break
