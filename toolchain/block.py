@@ -86,15 +86,6 @@ class BlockRunner:
         bias = self.modules[part.module].bias
         return None if bias is None else bias.data[part.rows]
 
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
-        """The MLP's activation function."""
-        for module in self._block.modules():
-            for name in ("act_fn", "activation_fn"):
-                if (found := getattr(module, name, None)) is not None:
-                    return found
-        raise AssertionError("the block names no activation function")
-
     def settle(self, role: str, weight: Tensor) -> None:
         """From now on, passes with `final=True` use this weight for a projection."""
         part = self.parts[role]

@@ -13,7 +13,6 @@ class Options(BaseModel):
     Attributes:
         attention_rows: row Hessians of q, k and v. `none`: none, as in GPTQ. `boa`: those of BoA's Table 1
             (arXiv 2406.13474). `gauss_newton`: for q and k those that see the softmax.
-        mlp_rows: row Hessians of the MLP's gate and up projections.
         activation_order: columns and rows are solved by falling diagonal of their Hessian; groups and storage stay.
         recollect: statistics are taken again inside a block after each group of projections (q k, v, o, gate up, down),
             on the quantized weights before it; otherwise once per block, at full precision.
@@ -27,7 +26,6 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     attention_rows: Literal["none", "boa", "gauss_newton"] = "none"
-    mlp_rows: bool = False
     activation_order: bool = False
     recollect: bool = False
     deviation: float = Field(default=0.0, ge=0, le=1)

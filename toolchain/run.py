@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from boa_edge.errors import UsageError
 from boa_edge.progress import track
+from toolchain import distributed
 from toolchain.block import BlockRunner, Stream
 from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
@@ -61,7 +63,9 @@ def quantize_model(
     layers: dict[str, dict[str, Any]] = {}
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
-        finished = {index: block for index, _ in blocks if resume and (block := resume.load(index))}
+        finished = distributed.from_main(
+            lambda: {index: block for index, _ in blocks if resume and (block := resume.load(index))}
+        )
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
@@ -158,13 +162,19 @@ class _Texts:
     ) -> None:
         self._source = source
         self._arguments, embed = entry(source.model, sequences.shape[1])
-        self._text = Stream([embed(batch) for batch in sequences.split(_BATCH)])
+        batches = sequences.split(_BATCH)
+        own = distributed.share(len(batches))
+        if len(batches) < distributed.world_size():
+            problem = f"{sequences.shape[0]} calibration sequences, in batches of {_BATCH}, do not occupy "
+            fix = "Start fewer processes, or use more calibration sequences"
+            raise UsageError(f"{problem}{distributed.world_size()} processes", where="torchrun", fix=fix)
+        self._text = Stream([embed(batch) for batch in batches[own]])
         compares = options.deviation > 0 or options.residual > 0
         self._reference = Stream(list(self._text.hidden)) if compares else None
         self._token_weights = None
         if sequence_weights is not None:
             rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1])
-            self._token_weights = list(rows.split(_BATCH))
+            self._token_weights = list(rows.split(_BATCH))[own]
         self._runner: BlockRunner | None = None
 
     def _open(self, index: int, names: LayerNames) -> BlockRunner:
@@ -186,7 +196,6 @@ class _Texts:
         wanted = Wanted(
             attention=options.attention_rows != "none",
             gauss_newton=options.attention_rows == "gauss_newton",
-            mlp=options.mlp_rows,
             residual=options.residual,
         )
         solved: dict[str, SolvedLayer] = {}

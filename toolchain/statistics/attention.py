@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from toolchain import distributed
 from toolchain.statistics.gauss_newton import GaussNewtonRows
 
 ATTENTION = "boa_edge"
@@ -190,6 +191,13 @@ class AttentionRecorder:
     @staticmethod
     def _panels(width: int) -> list[tuple[int, int]]:
         return [(start, min(start + 2 * _BLOCK, width)) for start in range(0, width, 2 * _BLOCK)]
+
+    def reduce(self) -> None:
+        """On to what all ranks have accumulated."""
+        distributed.add_up(self.keys, self.queries, self.values)
+        self.weight = distributed.total(self.weight)
+        if self.gauss_newton is not None:
+            self.gauss_newton.reduce()
 
     def value_hessians(self) -> Tensor | None:
         """The values' second moments so far, whole and symmetric."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from toolchain import distributed
 from toolchain.block import BlockRunner, Stream
 from toolchain.families import DecoderSpec
 from toolchain.statistics.attention import AttentionRecorder, Handler
 from toolchain.statistics.covariance import Covariance, CrossCovariance
 from toolchain.statistics.gauss_newton import GaussNewtonRows
 from toolchain.statistics.head_norm import HeadNorm
-from toolchain.statistics.mlp import MlpRows
 
 # Projections that read the same input: one covariance, taken at the first of them.
 _SHARED = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
@@ -61,14 +61,12 @@ class Wanted:
     Attributes:
         attention: the statistics of two-sided Hessians of q, k and v.
         gauss_newton: for q and k those that see the softmax.
-        mlp: row Hessians of gate and up.
         residual: how much of the residual stream's deviation `o` and `down` are to make up for; nothing where a norm
             stands between them and the stream.
     """
 
     attention: bool
     gauss_newton: bool = False
-    mlp: bool = False
     residual: float = 0.0
 
 
@@ -96,10 +94,11 @@ def collect(
     weight = runner.original(firsts[0])
     covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in firsts}
     crosses = {first: _cross(runner, first, weight) for first in firsts} if reference is not None else {}
-    head_norms = _head_norms(runner, spec, stage, len(text.hidden)) if wanted.attention else {}
+    sizes = distributed.gather([hidden.shape[0] for hidden in text.hidden])
+    head_norms = _head_norms(runner, spec, stage, sum(map(len, sizes))) if wanted.attention else {}
     recorder = _recorder(runner, spec, stage, firsts, wanted, head_norms) if wanted.attention else None
     residual = wanted.residual if spec.residual_is_plain else 0.0
-    mlp = _mlp_rows(runner) if wanted.mlp and "up" in stage else None
+    _skip(sizes, text.hidden[0].shape[1], head_norms, recorder)
     keeps = stage in (("o",), ("down",))
     kept: list[Tensor] = []
     for batch in range(len(text.hidden)):
@@ -118,12 +117,13 @@ def collect(
             covariances[first].add(taps.inputs[first], weights)
         for norm in head_norms.values():
             norm.add(taps.inputs[firsts[0]], weights)
-        if mlp is not None:
-            mlp.add(taps.inputs["gate" if "gate" in taps.inputs else "up"], weights)
         if keeps:
             kept.append(taps.inputs[stage[0]])
         if reference is not None:
             _compare(runner, text, reference, batch, firsts, taps.inputs, crosses, residual, weights)
+    for accumulated in (*covariances.values(), *crosses.values(), *head_norms.values(), recorder):
+        if accumulated is not None:
+            accumulated.reduce()
     inputs: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
     for group in groups:
@@ -131,9 +131,8 @@ def collect(
         if reference is not None:
             mean = crosses[group[0]].mean()
             targets |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
-    rows = {} if mlp is None else mlp.hessians(runner.original("down"))
     statistics = BlockStatistics(
-        inputs, targets, positions=text.hidden[0].shape[1], rows=rows, layer=runner.index, head_norms=head_norms
+        inputs, targets, positions=text.hidden[0].shape[1], layer=runner.index, head_norms=head_norms
     )
     if recorder is not None:
         statistics = recorder_statistics(statistics, recorder, spec)
@@ -158,6 +157,17 @@ def _head_norms(runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], 
         for role, module in runner.head_norms.items()
         if role in stage
     }
+
+
+def _skip(
+    sizes: list[list[int]], length: int, head_norms: dict[str, HeadNorm], recorder: AttentionRecorder | None
+) -> None:
+    """Samples are drawn as one rank alone would draw them; sizes: sequences per batch, by rank."""
+    earlier = [size for own in sizes[: distributed.rank()] for size in own]
+    for norm in head_norms.values():
+        norm.skip([size * length for size in earlier])
+    if recorder is not None and recorder.gauss_newton is not None:
+        recorder.gauss_newton.skip(sum(earlier), length)
 
 
 def _recorder(
@@ -190,17 +200,6 @@ def _recorder(
         values="v" in stage,
         stops=len(firsts) == 1,
         gauss_newton=gauss_newton,
-    )
-
-
-def _mlp_rows(runner: BlockRunner) -> MlpRows:
-    gated = "gate" in runner.parts
-    return MlpRows(
-        runner.original("up"),
-        runner.original("gate") if gated else None,
-        runner.bias("up"),
-        runner.bias("gate") if gated else None,
-        runner.activation,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from toolchain import distributed
+
 _PANEL = 256
 
 
@@ -33,6 +35,11 @@ class Covariance:
         for start, stop in self._panels:
             self.total[:stop, start:stop].addmm_(rows[:, :stop].mT, rows[:, start:stop])
 
+    def reduce(self) -> None:
+        """On to what all ranks have accumulated."""
+        distributed.add_up(self.total)
+        self.weight = distributed.total(self.weight)
+
     def hessian(self) -> Tensor:
         """What was accumulated, symmetric."""
         upper = self.total.triu()
@@ -55,6 +62,11 @@ class CrossCovariance:
             left = left * weights.reshape(-1, 1)
             self.weight += float(weights.sum(dtype=torch.float64))
         self.total.addmm_(left.mT, right)
+
+    def reduce(self) -> None:
+        """On to what all ranks have accumulated."""
+        distributed.add_up(self.total)
+        self.weight = distributed.total(self.weight)
 
     def mean(self) -> Tensor:
         """What was accumulated."""

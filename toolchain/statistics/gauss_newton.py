@@ -21,6 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from toolchain import distributed
 from toolchain.statistics.head_norm import HeadNorm
 from toolchain.statistics.rope import turn_back
 
@@ -56,6 +57,15 @@ class GaussNewtonRows:
         self._generator = torch.Generator().manual_seed(0)
         self.queries = output_weight.new_zeros(heads, head_dim, head_dim)
         self.keys = output_weight.new_zeros(groups, head_dim, head_dim)
+
+    def skip(self, sequences: int, length: int) -> None:
+        """Draw what other ranks draw for their sequences of `length` tokens, which come before this rank's."""
+        for _ in range(sequences):
+            torch.randperm(length, generator=self._generator)
+
+    def reduce(self) -> None:
+        """On to what all ranks have accumulated."""
+        distributed.add_up(self.queries, self.keys)
 
     def add(
         self,

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from toolchain import distributed
+
 _SAMPLE = 4096  # tokens
 
 
@@ -42,6 +44,16 @@ class HeadNorm:
         self._samples.append(self.before(rows[chosen]))
         weights = rows.new_ones(chosen.shape[0]) if token_weights is None else token_weights.reshape(-1)[chosen]
         self._weights.append(weights)
+
+    def skip(self, batches: list[int]) -> None:
+        """Draw what other ranks draw for their batches of so many tokens, which come before this rank's."""
+        for tokens in batches:
+            torch.randperm(tokens, generator=self._generator)
+
+    def reduce(self) -> None:
+        """On to the samples of all ranks."""
+        self._samples = [part for parts in distributed.gather(self._samples) for part in parts]
+        self._weights = [part for parts in distributed.gather(self._weights) for part in parts]
 
     def mean(self, hessians: Tensor) -> Tensor:
         """E[J^T M J] over the sample, exactly: M [heads, hd, hd] of what the norm puts out -> the same shape."""
