@@ -25,5 +25,6 @@ METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest", None, "minmax"),
     "gptq": Method("GPTQ", Options()),
     "boa": Method("BoA", Options(attention_rows="boa")),
+    "turboboa": Method("TurboBoA", Options(attention_rows="boa", adaptive_rows=16, deviation=0.25, refits=1)),
     "edge": Method("BoA Edge", Options(attention_rows="boa", recollect=True)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Options(BaseModel):
@@ -13,6 +13,8 @@ class Options(BaseModel):
     Attributes:
         attention_rows: row Hessians of q, k and v. `none`: none, as in GPTQ. `boa`: those of BoA's Table 1
             (arXiv 2406.13474). `gauss_newton`: for q and k those that see the softmax.
+        adaptive_rows: the grids of so many rows of a head are found together, once the rows before them are solved, from
+            the weights as these have left them; null finds all grids beforehand. Not together with activation_order.
         activation_order: columns and rows are solved by falling diagonal of their Hessian; groups and storage stay.
         recollect: statistics are taken again inside a block after each group of projections (q k, v, o, gate up, down),
             on the quantized weights before it; otherwise once per block, at full precision.
@@ -26,9 +28,16 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     attention_rows: Literal["none", "boa", "gauss_newton"] = "none"
+    adaptive_rows: int | None = Field(default=None, ge=1)
     activation_order: bool = False
     recollect: bool = False
     deviation: float = Field(default=0.0, ge=0, le=1)
     residual: float = Field(default=0.0, ge=0, le=1)
     refits: int = Field(default=0, ge=0, le=20)
     sweeps: int = Field(default=0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _orders_agree(self) -> Options:
+        if self.adaptive_rows and self.activation_order:
+            raise ValueError("adaptive_rows takes rows in their own order: set activation_order to false")
+        return self

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from toolchain import distributed
 from toolchain.families import DecoderSpec
 from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid
 from toolchain.options import Options
@@ -82,7 +83,7 @@ def solve_stage(
         rows, columns = _attention_hessians(spec, output_weight, statistics)
     rows |= statistics.rows
     solved = {}
-    for role, weight in weights.items():
+    for turn, (role, weight) in enumerate(weights.items()):
         start = time.monotonic()
         inputs = statistics.inputs[role].unsqueeze(0)
         target = _target(weight, statistics, role, factors.of(inputs), options.deviation)
@@ -90,7 +91,7 @@ def solve_stage(
         units = 1 if row_hessian is None else row_hessian.shape[0]
         stack = target.view(units, -1, weight.shape[1])
         column_hessian = columns.get(role, inputs)
-        solution = _solve(stack, column_hessian, row_hessian, settings, options, factors)
+        solution = _solve_together(stack, column_hessian, row_hessian, settings, options, factors, turn)
         quantized = solution.grid.quantized(solution.codes)
         size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
         plain = (quantized.dequantize() - weight)[None]
@@ -112,17 +113,15 @@ class _Factors:
 
     def __init__(self, damping: float, ordered: bool) -> None:
         self._damping, self._ordered = damping, ordered
-        self._known: dict[int, tuple[Tensor, InverseFactor]] = {}
+        self._known: dict[tuple[int, int], tuple[Tensor, InverseFactor]] = {}
 
     def of(self, hessian: Tensor) -> InverseFactor:
         """The factor of a Hessian [n, d, d]."""
         # Keyed by storage; the tensor is kept so that its address is not used again.
-        if hessian.data_ptr() not in self._known:
-            self._known[hessian.data_ptr()] = (
-                hessian,
-                inverse_factor(hessian, self._damping, ordered=self._ordered),
-            )
-        return self._known[hessian.data_ptr()][1]
+        key = (hessian.data_ptr(), hessian.shape[0])
+        if key not in self._known:
+            self._known[key] = (hessian, inverse_factor(hessian, self._damping, ordered=self._ordered))
+        return self._known[key][1]
 
 
 def _attention_hessians(
@@ -171,6 +170,36 @@ class _Solution:
     damping: float
 
 
+def _solve_together(
+    target: Tensor,
+    columns: Tensor,
+    rows: Tensor | None,
+    settings: Settings,
+    options: Options,
+    factors: _Factors,
+    turn: int,
+) -> _Solution:
+    """As `_solve`; each rank does its share of the units, or of the rows where nothing joins them."""
+    if distributed.world_size() == 1:
+        return _solve(target, columns, rows, settings, options, factors)
+    axis = 1 if rows is None else 0
+    part = distributed.share(target.shape[axis], turn)
+    own = (slice(None), part) if rows is None else (part,)
+    codes = torch.zeros_like(target)
+    group = settings.format.group_size or target.shape[2]
+    scales, zeros = (target.new_zeros(*target.shape[:2], target.shape[2] // group) for _ in range(2))
+    loss = damping = 0.0
+    if part.stop > part.start:
+        own_columns = columns[part] if rows is not None and columns.shape[0] > 1 else columns
+        own_rows = None if rows is None else rows[part]
+        solution = _solve(target[own], own_columns, own_rows, settings, options, factors)
+        codes[own], scales[own], zeros[own] = solution.codes, solution.grid.scales, solution.grid.zeros
+        loss, damping = solution.loss, solution.damping
+    distributed.add_up(codes, scales, zeros)
+    grid = Grid(scales, zeros, settings.format)
+    return _Solution(codes, grid, distributed.total(loss), max(distributed.gather(damping)))
+
+
 def _solve(
     target: Tensor, columns: Tensor, rows: Tensor | None, settings: Settings, options: Options, factors: _Factors
 ) -> _Solution:
@@ -198,8 +227,14 @@ def _solve(
         scales, zeros = grid.expand(target.shape[-1])
         return losses((codes - zeros) * scales - target, columns, rows)
 
-    grid = find_grid(target, settings.format, settings.search, columns)
-    codes = solve(grid)
+    def regrid(part: Tensor) -> Grid:
+        return find_grid(part, settings.format, settings.search, columns)
+
+    if options.adaptive_rows and row_factor is not None:
+        codes, grid = boa.solve_adaptive(target, column_factor.upper, row_factor.upper, regrid, options.adaptive_rows)
+    else:
+        grid = regrid(target)
+        codes = solve(grid)
     best = loss(codes, grid)
     for _ in range(options.refits):
         other = refit_scales(target, codes, grid, columns, rows)

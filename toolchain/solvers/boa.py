@@ -25,7 +25,6 @@ from toolchain.solvers import kernels
 _TILE = 64
 _WIDE_TILE = 1024
 
-# (rows of the weight as they stand now [n, N, columns]) -> their grid.
 Regrid = Callable[[Tensor], Grid]
 
 
@@ -66,17 +65,27 @@ def solve_adaptive(
     as these have left them (TurboBoA's adaptive grids, arXiv 2602.04929; its rows of a block ignore each other, ours do
     not).
 
+    Args:
+        regrid: rows of the weight as they stand, [n, N, columns] -> their grid.
     Returns: codes [n, rows, columns] and their grid.
     """
-    state = _State(weight, upper_column, upper_row, joint_rows)
-    grids = []
-    for i in range(state.row_tiles):
-        grids.append(regrid(state.row_start(i)))
-        state.set_grid(grids[-1], i * joint_rows)
-        for j in range(state.column_tiles):
-            state.solve_tiles([(i, j)])
-    scales, zeros = (torch.cat([getattr(g, part) for g in grids], 1) for part in ("scales", "zeros"))
-    return state.result(), Grid(scales, zeros, grids[0].format)
+    n, rows, columns = weight.shape
+    pull = (upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).triu(1).mT  # [n, i, i'], i' < i
+    changes = torch.zeros_like(weight)
+    codes, grids = [], []
+    for start in range(0, rows, joint_rows):
+        own = slice(start, min(start + joint_rows, rows))
+        current = weight[:, own] - pull[:, own, :start] @ changes[:, :start]
+        grid = regrid(current)
+        found = solve(current, upper_column, upper_row[:, own, own], grid)
+        scales, zeros = grid.expand(columns)
+        # A row's change is what it is before its column pass, less its rounded value: (I + pull) change = difference.
+        unit = torch.eye(current.shape[1], dtype=weight.dtype, device=weight.device) + pull[:, own, own]
+        changes[:, own] = torch.linalg.solve_triangular(unit, current - (found - zeros) * scales, upper=False)
+        codes.append(found)
+        grids.append(grid)
+    scales, zeros = (torch.cat([getattr(grid, part) for grid in grids], 1) for part in ("scales", "zeros"))
+    return torch.cat(codes, 1), Grid(scales, zeros, grids[0].format)
 
 
 class _State:
@@ -117,12 +126,6 @@ class _State:
 
     def _column_slice(self, j: int) -> slice:
         return slice(j * self.tile_columns, (j + 1) * self.tile_columns)
-
-    def row_start(self, i: int) -> Tensor:
-        """Row tile i as the solved rows have left it, [n, N, columns]; fewer rows in a ragged last tile."""
-        rows = self._row_slice(i)
-        start = self._weight[:, rows] - self._pull_rows[:, rows, : rows.start] @ self._changes[:, : rows.start]
-        return start[:, : self.rows - rows.start, : self.columns]
 
     def solve_tiles(self, tiles: list[tuple[int, int]]) -> None:
         """Solve tiles that do not depend on each other; those to the left and above are solved."""
