@@ -26,5 +26,16 @@ METHODS: dict[str, Method] = {
     "gptq": Method("GPTQ", Options()),
     "boa": Method("BoA", Options(attention_rows="boa")),
     "turboboa": Method("TurboBoA", Options(attention_rows="boa", adaptive_rows=16, deviation=0.25, refits=1)),
-    "edge": Method("BoA Edge", Options(attention_rows="boa", recollect=True)),
+    "edge": Method(
+        "BoA Edge",
+        Options(
+            attention_rows="gauss_newton",
+            activation_order=True,
+            recollect=True,
+            deviation=0.5,
+            residual=0.5,
+            refits=3,
+            sweeps=2,
+        ),
+    ),
 }

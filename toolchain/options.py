@@ -13,8 +13,8 @@ class Options(BaseModel):
     Attributes:
         attention_rows: row Hessians of q, k and v. `none`: none, as in GPTQ. `boa`: those of BoA's Table 1
             (arXiv 2406.13474). `gauss_newton`: for q and k those that see the softmax.
-        adaptive_rows: the grids of so many rows of a head are found together, once the rows before them are solved, from
-            the weights as these have left them; null finds all grids beforehand. Not together with activation_order.
+        adaptive_rows: the grids of so many rows of a head are found together, once the rows before them are solved,
+            from the weights as these have left them; null finds all grids beforehand. Not with activation_order.
         activation_order: columns and rows are solved by falling diagonal of their Hessian; groups and storage stay.
         recollect: statistics are taken again inside a block after each group of projections (q k, v, o, gate up, down),
             on the quantized weights before it; otherwise once per block, at full precision.

@@ -69,7 +69,7 @@ def solve_adaptive(
         regrid: rows of the weight as they stand, [n, N, columns] -> their grid.
     Returns: codes [n, rows, columns] and their grid.
     """
-    n, rows, columns = weight.shape
+    _, rows, columns = weight.shape
     pull = (upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).triu(1).mT  # [n, i, i'], i' < i
     changes = torch.zeros_like(weight)
     codes, grids = [], []
