@@ -16,8 +16,8 @@ import typer
 
 from boa_edge import __version__
 from boa_edge.errors import BoaEdgeError
-from boa_edge.progress import say
 from boa_edge.quiet import quiet_libraries, quiet_transformers
+from boa_edge.ranks import is_silent, launched_rank
 
 app = typer.Typer(
     name="boa-edge",
@@ -52,7 +52,8 @@ OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The director
 
 
 def _finish(document: dict[str, Any]) -> None:
-    print(json.dumps(document, separators=(",", ":"), ensure_ascii=False), flush=True)
+    if not is_silent():
+        print(json.dumps(document, separators=(",", ":"), ensure_ascii=False), flush=True)
 
 
 @app.command()
@@ -229,8 +230,15 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if _state["debug"]:
         traceback.print_exc()
-    say(f"error: {message}")
+    if launched_rank() is None or _is_first_to_fail():
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _is_first_to_fail() -> bool:
+    from toolchain.distributed import first_to_fail
+
+    return first_to_fail()
 
 
 if __name__ == "__main__":

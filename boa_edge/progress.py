@@ -10,6 +10,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from boa_edge.ranks import is_silent
+
 T = TypeVar("T")
 
 _PLAIN_SECONDS = 10.0
@@ -17,11 +19,15 @@ _PLAIN_SECONDS = 10.0
 
 def say(message: str) -> None:
     """One plain line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    if not is_silent():
+        print(message, file=sys.stderr, flush=True)
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterate `items`, showing how far `what` has come."""
+    if is_silent():
+        yield from items
+        return
     if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty():

@@ -18,12 +18,13 @@ from boa_edge import __version__
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import check_output, output_directory, write_json, write_text
 from boa_edge.progress import say
+from toolchain import distributed
 from toolchain.calibration import Calibration, kept_text, load_calibration
 from toolchain.checkpoint import write_weights
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel, load_source
 from toolchain.methods import METHODS
-from toolchain.metrics import evaluate_logits
+from toolchain.metrics import Fidelity, evaluate_logits
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from toolchain.resume import ResumeFile
 from toolchain.run import QuantizedModel, quantize_model
@@ -80,6 +81,7 @@ class QuantizeResult:
         }
 
 
+@distributed.joined()
 def quantize(
     model: str,
     output: Path,
@@ -89,7 +91,7 @@ def quantize(
     compare: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> QuantizeResult:
-    """Quantize a model and write the checkpoint.
+    """Quantize a model and write the checkpoint; under `torchrun` the ranks share the work and the first one writes.
 
     Args:
         model: `default`, a Hugging Face directory, a hub id or a GGUF file.
@@ -110,17 +112,20 @@ def quantize(
     say(f"loading {model}")
     source = load_source(model)
     _check_groups(source, chosen)
-    text = load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
+    text = distributed.from_main(
+        lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
+    )
     others = [chosen.with_method(method) for method in compare if method != chosen.method]
     unfinished = [_resume_file(output, source, each, text) for each in (*others, chosen)]
     rows = [_quantize_and_score(source, *each, text)[1] for each in zip(others, unfinished, strict=False)]
     quantized, own, original_perplexity = _quantize_and_score(source, chosen, unfinished[-1], text)
     rows.append(own)
-    with output_directory(output, overwrite=overwrite) as directory:
-        _write(directory, source, chosen, text, quantized, rows, original_perplexity, time.monotonic() - start)
-    for resume in filter(None, unfinished):
-        resume.discard()
-    shutil.rmtree(kept_text(output), ignore_errors=True)
+    if distributed.is_main():
+        with output_directory(output, overwrite=overwrite) as directory:
+            _write(directory, source, chosen, text, quantized, rows, original_perplexity, time.monotonic() - start)
+        for resume in filter(None, unfinished):
+            resume.discard()
+        shutil.rmtree(kept_text(output), ignore_errors=True)
     return QuantizeResult(output, chosen.name, tuple(rows), original_perplexity, time.monotonic() - start)
 
 
@@ -142,8 +147,8 @@ def _check_groups(source: SourceModel, recipe: Recipe) -> None:
 
 
 def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibration) -> ResumeFile | None:
-    """Where this run keeps its finished blocks; none for a method that takes seconds."""
-    if recipe.options is None:
+    """Where this run keeps its finished blocks; none for a method that takes seconds, nor on other ranks."""
+    if recipe.options is None or not distributed.is_main():
         return None
     identity = {
         "model": source.files,
@@ -165,13 +170,7 @@ def _quantize_and_score(
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
     seconds = time.monotonic() - start
-    fake = FakeQuantized(source.model, source.spec, quantized.weights)
-    fidelity = evaluate_logits(
-        fake.logits,
-        text.held_out,
-        lambda tokens: source.model(tokens, use_cache=False).logits,
-        f"scoring {recipe.name}",
-    )
+    fidelity = distributed.from_main(lambda: _score(source, recipe, quantized, text))
     assert fidelity.kl is not None
     assert fidelity.top1 is not None
     assert fidelity.reference_perplexity is not None
@@ -187,6 +186,16 @@ def _quantize_and_score(
     )
     say(f"{recipe.name}: perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, top-1 {row.top1:.1%} on held-out text")
     return quantized, row, fidelity.reference_perplexity
+
+
+def _score(source: SourceModel, recipe: Recipe, quantized: QuantizedModel, text: Calibration) -> Fidelity:
+    fake = FakeQuantized(source.model, source.spec, quantized.weights)
+    return evaluate_logits(
+        fake.logits,
+        text.held_out,
+        lambda tokens: source.model(tokens, use_cache=False).logits,
+        f"scoring {recipe.name}",
+    )
 
 
 def _float_parameters(source: SourceModel, quantized: QuantizedModel) -> dict[str, torch.Tensor]:
