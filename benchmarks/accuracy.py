@@ -147,6 +147,7 @@ class Benchmark:
         self.rows = sequences(held_out, arguments.length, arguments.text)
         self.evaluation = f"evaluation-{tensor_hash(self.rows)}.json"
         self.environments: dict[str, Path | str] = {}
+        self.failed: dict[Path, str] = {}
         self.own_version = own_version()
         self.own_source = own_source()
 
@@ -207,6 +208,8 @@ class Benchmark:
         place = self.work / "runs" / _hash(decides)
         if (place / self.evaluation).exists() or (place / WEIGHTS_FILE).exists():
             return place
+        if place in self.failed:  # by another seed, which the method does not read
+            raise QuantizerError(self.failed[place])
         python = Path(sys.executable) if peer is None else self._python(peer)
         command = [str(python), "-m", "benchmarks.ours" if peer is None else f"benchmarks.peers.{peer.script}"]
         command += ["--model", str(self.model), "--tokens", str(tokens), "--seed", str(seed)]
@@ -216,7 +219,11 @@ class Benchmark:
         say(f"{setting.name} {contender.label}, seed {seed}")
         place.parent.mkdir(parents=True, exist_ok=True)
         with output_directory(place, overwrite=True) as partial:
-            run_quantizer([*command, "--out", str(partial)], partial, self.work / "logs" / f"{place.name}.log")
+            try:
+                run_quantizer([*command, "--out", str(partial)], partial, self.work / "logs" / f"{place.name}.log")
+            except QuantizerError as error:
+                self.failed[place] = str(error)
+                raise
             write_json(partial / "request.json", decides | {"method": contender.label})
         return place
 
