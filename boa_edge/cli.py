@@ -41,6 +41,13 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 CompareOption = Annotated[
     str, typer.Option("--compare", help="Other methods to run beside it for the report, such as rtn,gptq; or none.")
 ]
+StreamOption = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="Leave the blocks on disk until they are worked on (large models do)."),
+]
+SpillOption = Annotated[
+    Path | None, typer.Option("--spill", help="A directory for activations; without it they stay in memory.")
+]
 RuntimeOption = Annotated[str, typer.Option("--runtime", help="The runtime to lower to: onnx.")]
 Activations = Literal["int8", "float32"]
 ActivationsOption = Annotated[
@@ -60,16 +67,27 @@ def _finish(document: dict[str, Any]) -> None:
 def quantize(
     model: ModelArgument,
     output: OutputOption,
-    recipe: RecipeOption = "w4g32-boa",
+    recipe: RecipeOption = "w4g32-edge",
     calibration: CalibrationOption = None,
     compare: CompareOption = "none",
     overwrite: OverwriteOption = False,
+    stream: StreamOption = None,
+    spill: SpillOption = None,
 ) -> None:
     """Model in, quantized checkpoint out."""
     from toolchain.quantize import quantize as stage
 
     quiet_transformers()
-    result = stage(model, output, recipe=recipe, calibration=calibration, compare=_names(compare), overwrite=overwrite)
+    result = stage(
+        model,
+        output,
+        recipe=recipe,
+        calibration=calibration,
+        compare=_names(compare),
+        overwrite=overwrite,
+        stream=stream,
+        spill=spill,
+    )
     _finish(result.as_dict())
 
 
@@ -163,7 +181,7 @@ def run(
         Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
-    recipe: RecipeOption = "w4g32-boa",
+    recipe: RecipeOption = "w4g32-edge",
     runtime: RuntimeOption = "onnx",
     device: DeviceOption = "arm64",
     calibration: CalibrationOption = None,

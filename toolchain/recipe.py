@@ -4,7 +4,7 @@ A name reads as what it does:
 
     w<bits>[g<group>][asym]-<method>
 
-    w4g32-boa     4-bit weights, symmetric, one scale per 32 inputs, solved by BoA
+    w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
     w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
 """
@@ -24,9 +24,9 @@ from toolchain.grids import GridFormat, ScaleSearch
 from toolchain.methods import METHODS
 from toolchain.options import Options
 
-DEFAULT_RECIPE = "w4g32-boa"
+DEFAULT_RECIPE = "w4g32-edge"
 _NAME = re.compile(r"w(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)")
-_GRAMMAR = "w<bits>[g<group>][asym]-<method>, such as w4g32-boa, w3asym-gptq or w2asym-rtn"
+_GRAMMAR = "w<bits>[g<group>][asym]-<method>, such as w4g32-edge, w3asym-gptq or w2asym-rtn"
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
 
 

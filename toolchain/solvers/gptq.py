@@ -27,7 +27,7 @@ def solve(weight: Tensor, upper: Tensor, grid: Grid) -> Tensor:
     n, _, columns = weight.shape
     upper = upper.expand(n, columns, columns)
     scales, zeros = grid.expand(columns)
-    solve_block = _compiled_block if weight.device.type == "cpu" else tensor_block
+    solve_block = compiled_block if weight.device.type == "cpu" else tensor_block
     open_weight = weight.clone()
     codes = torch.empty_like(weight)
     for start in range(0, columns, _BLOCK):
@@ -45,7 +45,8 @@ def solve(weight: Tensor, upper: Tensor, grid: Grid) -> Tensor:
     return codes
 
 
-def _compiled_block(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def compiled_block(weight: Tensor, scales: Tensor, zeros: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`tensor_block` as one compiled loop, on the CPU."""
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
     arrays = [tensor.numpy() for tensor in (weight, factor, scales, zeros)]
     kernels.one_sided_block(*arrays, *code_range(bits), codes.numpy(), errors.numpy())
