@@ -12,7 +12,8 @@ class Options(BaseModel):
 
     Attributes:
         attention_rows: row Hessians of q, k and v. `none`: none, as in GPTQ. `boa`: those of BoA's Table 1
-            (arXiv 2406.13474). `gauss_newton`: for q and k those that see the softmax.
+            (arXiv 2406.13474). `gauss_newton`: for q and k those that see the softmax. `aespa`: BoA's of q and k, for v
+            the identity; in the loss that is learned on, while the solver before it is GPTQ (arXiv 2402.08958).
         adaptive_rows: the grids of so many rows of a head are found together, once the rows before them are solved,
             from the weights as these have left them; null finds all grids beforehand. Not with activation_order.
         activation_order: columns and rows are solved by falling diagonal of their Hessian; groups and storage stay.
@@ -22,18 +23,20 @@ class Options(BaseModel):
             its weights make up for: 0 nothing (GPTQ, BoA), 1 all that least squares can.
         residual: how much of the deviation of the residual stream `o` and `down` make up for as well.
         refits: rounds of refitting the scales to the codes and solving the codes again, kept where the loss falls.
+        rounding_iterations: steps of learned rounding (AdaRound) on the stored loss, kept where the loss falls.
         sweeps: sweeps of coordinate descent on the codes at the end.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    attention_rows: Literal["none", "boa", "gauss_newton"] = "none"
+    attention_rows: Literal["none", "boa", "gauss_newton", "aespa"] = "none"
     adaptive_rows: int | None = Field(default=None, ge=1)
     activation_order: bool = False
     recollect: bool = False
     deviation: float = Field(default=0.0, ge=0, le=1)
     residual: float = Field(default=0.0, ge=0, le=1)
     refits: int = Field(default=0, ge=0, le=20)
+    rounding_iterations: int = Field(default=0, ge=0, le=20000)
     sweeps: int = Field(default=0, ge=0, le=20)
 
     @model_validator(mode="after")

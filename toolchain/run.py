@@ -196,6 +196,7 @@ class _Texts:
         wanted = Wanted(
             attention=options.attention_rows != "none",
             gauss_newton=options.attention_rows == "gauss_newton",
+            plain_heads=options.attention_rows == "aespa",
             residual=options.residual,
         )
         solved: dict[str, SolvedLayer] = {}

@@ -15,6 +15,7 @@ from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid
 from toolchain.options import Options
 from toolchain.quantized import QuantizedWeight
 from toolchain.solvers import boa, gptq, rtn
+from toolchain.solvers.adaround import compensated, learn_rounding
 from toolchain.solvers.linear_algebra import InverseFactor, inverse_factor
 from toolchain.solvers.refine import descend, losses, refit_scales
 from toolchain.statistics.block import BlockStatistics
@@ -81,6 +82,8 @@ def solve_stage(
     columns: dict[str, Tensor] = {}
     if options.attention_rows != "none":
         rows, columns = _attention_hessians(spec, output_weight, statistics)
+    if options.attention_rows == "aespa":
+        rows.pop("v", None)
     rows |= statistics.rows
     solved = {}
     for turn, (role, weight) in enumerate(weights.items()):
@@ -88,9 +91,9 @@ def solve_stage(
         inputs = statistics.inputs[role].unsqueeze(0)
         target = _target(weight, statistics, role, factors.of(inputs), options.deviation)
         row_hessian = rows.get(role)
-        units = 1 if row_hessian is None else row_hessian.shape[0]
-        stack = target.view(units, -1, weight.shape[1])
         column_hessian = columns.get(role, inputs)
+        units = column_hessian.shape[0] if row_hessian is None else row_hessian.shape[0]
+        stack = target.view(units, -1, weight.shape[1])
         solution = _solve_together(stack, column_hessian, row_hessian, settings, options, factors, turn)
         quantized = solution.grid.quantized(solution.codes)
         size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
@@ -205,7 +208,8 @@ def _solve(
 ) -> _Solution:
     """Grid, codes and refinement of a stack [n, rows, columns]."""
     column_factor = factors.of(columns)
-    row_factor = None if rows is None else factors.of(rows)
+    one_sided = rows is None or options.attention_rows == "aespa"  # the solver; the loss is what `rows` makes it
+    row_factor = None if rows is None or one_sided else factors.of(rows)
 
     def in_order(tensor: Tensor) -> Tensor:
         tensor = column_factor.take(tensor, 2)
@@ -246,6 +250,10 @@ def _solve(
         grid = Grid(
             torch.where(better, other.scales, grid.scales), torch.where(better, other.zeros, grid.zeros), grid.format
         )
+    if options.rounding_iterations:
+        start = compensated(target, codes, grid, column_factor, row_factor)
+        codes = learn_rounding(target, codes, start, grid, columns, rows, options.rounding_iterations)
+        best = loss(codes, grid)
     if options.sweeps:
         codes = descend(target, codes, grid, columns, rows, options.sweeps)
         best = loss(codes, grid)

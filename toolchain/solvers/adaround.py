@@ -27,6 +27,7 @@ _LOWEST, _HIGHEST = -0.1, 1.1  # of the rectified sigmoid before it is clamped
 _STIFFEST, _SOFTEST = 20.0, 2.0  # the exponent b, at the beginning and at the end
 _WARM_UP = 0.2
 _BETAS = (0.9, 0.999)
+_RATE, _RATE_STEPS = 0.015, 2000
 _CHUNK = 1 << 17  # weights learned at a time, so that a step's buffers stay in the processor's cache
 
 
@@ -64,8 +65,8 @@ def learn_rounding(
     rows: Tensor | None,
     iterations: int,
     *,
-    learning_rate: float = 0.015,
-    strength: float = 1.0,
+    learning_rate: float | None = None,
+    strength: float = 3.0,
 ) -> Tensor:
     """Codes [n, rows, columns] (float holding integers) of a loss that is nowhere higher.
 
@@ -76,9 +77,13 @@ def learn_rounding(
         columns: [1 or n, columns, columns], H_col.
         rows: [n, rows, rows], H_row, or None for the identity.
         iterations: steps; none leaves the codes as they are.
+        learning_rate: of Adam; None takes the published 0.015 of 2000 steps times sqrt(2000 / iterations): with fewer
+            steps the logits have to go as far.
     """
     n, height, width = target.shape
     scales, zeros = grid.expand(width)
+    if learning_rate is None:
+        learning_rate = _RATE * (_RATE_STEPS / max(1, iterations)) ** 0.5
     low, place = neighbours(codes, start / scales + zeros, grid.format.bits)
     learned = torch.empty_like(codes)
     step = height if rows is not None else max(1, _CHUNK // width)

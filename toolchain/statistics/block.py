@@ -61,12 +61,14 @@ class Wanted:
     Attributes:
         attention: the statistics of two-sided Hessians of q, k and v.
         gauss_newton: for q and k those that see the softmax.
+        plain_heads: query heads count alike in the column Hessian of v, whatever W_O makes of them.
         residual: how much of the residual stream's deviation `o` and `down` are to make up for; nothing where a norm
             stands between them and the stream.
     """
 
     attention: bool
     gauss_newton: bool = False
+    plain_heads: bool = False
     residual: float = 0.0
 
 
@@ -183,6 +185,8 @@ def _recorder(
     output = runner.original("o")
     per_head = output.square().view(output.shape[0], spec.heads, spec.head_dim).sum((0, 2)).view(spec.kv_heads, -1)
     head_weights = (per_head / per_head.mean(1, keepdim=True).clamp_min(1e-30)).reshape(-1)
+    if wanted.plain_heads:
+        head_weights = torch.ones_like(head_weights)
     logits = "q" in stage or "k" in stage
     gauss_newton = None
     if logits and wanted.gauss_newton:
