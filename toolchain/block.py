@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolchain.families import Part
+from toolchain.spill import Spill
 from toolchain.statistics.attention import Handler, Stop, handled_by
 
 _BEFORE = {"o": ("q", "k", "v"), "down": ("gate", "up")}
@@ -27,11 +28,13 @@ class Stream:
 
     Attributes:
         hidden: what the block at hand takes in, a tensor [B, L, d] per batch.
+        keep: what tensors go through that are kept, to memory or to disk.
         outputs: what its `o` and `down` put out, per batch, once known.
         following: what the block puts out, per batch, where a pass has got that far already.
     """
 
     hidden: list[Tensor]
+    keep: Spill = field(default_factory=Spill)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     following: list[Tensor] = field(default_factory=list)
 

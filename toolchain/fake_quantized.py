@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from toolchain.families import DecoderSpec
+from toolchain.loading.streamed import streamed_blocks
 from toolchain.quantized import QuantizedWeight
 
 
@@ -21,22 +24,26 @@ class FakeQuantized:
 
     def __init__(self, model: nn.Module, spec: DecoderSpec, weights: Mapping[str, QuantizedWeight]) -> None:
         self._model = model
-        self._parameters = {f"{name}.weight": weight.dequantize() for name, weight in weights.items()}
+        self._weights, self._blocks = weights, streamed_blocks(model)
+        inside = set() if self._blocks is None else self._blocks.modules  # replaced while they are read
+        self._parameters = {f"{name}.weight": weights[name].dequantize() for name in weights if name not in inside}
         if spec.tied_embeddings and spec.embedding in weights:
             self._parameters[f"{spec.head}.weight"] = self._parameters[f"{spec.embedding}.weight"]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 [batch, length] -> float32 [batch, length, vocabulary]."""
-        output = functional_call(self._model, self._parameters, (tokens,), {"use_cache": False}, tie_weights=False)
-        return output.logits
+        return self._call(tokens, use_cache=False).logits
+
+    def _call(self, tokens: Tensor, **arguments: Any) -> Any:
+        with nullcontext() if self._blocks is None else self._blocks.replaced(self._weights):
+            return functional_call(self._model, self._parameters, (tokens,), arguments, tie_weights=False)
 
     def greedy(self, prompt: Tensor, count: int) -> Tensor:
         """`count` most likely next tokens after `prompt` int64 [length]; an end token does not stop it."""
         cache, tokens, chosen = None, prompt[None], []
         with torch.inference_mode():
             for _ in range(count):
-                arguments = {"past_key_values": cache, "use_cache": True}
-                output = functional_call(self._model, self._parameters, (tokens,), arguments, tie_weights=False)
+                output = self._call(tokens, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 tokens = output.logits[:, -1].argmax(-1, keepdim=True)
                 chosen.append(int(tokens))

@@ -90,6 +90,8 @@ def quantize(
     calibration: str | None = None,
     compare: tuple[str, ...] = (),
     overwrite: bool = False,
+    stream: bool | None = None,
+    spill: Path | None = None,
 ) -> QuantizeResult:
     """Quantize a model and write the checkpoint; under `torchrun` the ranks share the work and the first one writes.
 
@@ -98,6 +100,8 @@ def quantize(
         recipe: by name or file.
         calibration: a text file, a data set's name, or `self`; None means `self`.
         compare: other methods to run on the same model and text, for the comparison in the report.
+        stream: leave the model's blocks on disk until they are worked on; None: where it is large for this machine.
+        spill: directory for activations, mapped into memory; None keeps them in memory.
 
     Raises:
         UsageError, BoaEdgeError: as the parts say.
@@ -110,15 +114,15 @@ def quantize(
     check_output(output, overwrite=overwrite)
     torch.manual_seed(chosen.seed)
     say(f"loading {model}")
-    source = load_source(model)
+    source = load_source(model, stream)
     _check_groups(source, chosen)
     text = distributed.from_main(
         lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
     )
     others = [chosen.with_method(method) for method in compare if method != chosen.method]
     unfinished = [_resume_file(output, source, each, text) for each in (*others, chosen)]
-    rows = [_quantize_and_score(source, *each, text)[1] for each in zip(others, unfinished, strict=False)]
-    quantized, own, original_perplexity = _quantize_and_score(source, chosen, unfinished[-1], text)
+    rows = [_quantize_and_score(source, *each, text, spill)[1] for each in zip(others, unfinished, strict=False)]
+    quantized, own, original_perplexity = _quantize_and_score(source, chosen, unfinished[-1], text, spill)
     rows.append(own)
     if distributed.is_main():
         with output_directory(output, overwrite=overwrite) as directory:
@@ -161,11 +165,11 @@ def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibr
 
 
 def _quantize_and_score(
-    source: SourceModel, recipe: Recipe, resume: ResumeFile | None, text: Calibration
+    source: SourceModel, recipe: Recipe, resume: ResumeFile | None, text: Calibration, spill: Path | None
 ) -> tuple[QuantizedModel, Comparison, float]:
     start = time.monotonic()
     try:
-        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights)
+        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, spill)
     except ArithmeticError as error:
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
@@ -203,8 +207,8 @@ def _float_parameters(source: SourceModel, quantized: QuantizedModel) -> dict[st
     dtype = getattr(torch, str(source.config.get("dtype") or "float32").removeprefix("torch."))
     tied_head = f"{source.spec.head}.weight" if source.spec.tied_embeddings else None
     return {
-        name: value.detach().to(dtype)
-        for name, value in source.model.state_dict().items()
+        name: source.parameter(name).detach().to(dtype)
+        for name in source.model.state_dict()
         if name.rpartition(".")[0] not in quantized.weights or not name.endswith(".weight")
         if name != tied_head
     }

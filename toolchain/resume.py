@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from boa_edge.errors import BoaEdgeError
@@ -63,10 +64,19 @@ class ResumeFile:
         except (SafetensorError, OSError, ValueError):
             return None  # a block that cannot be read was never finished
         weights = {}
-        for name, layer in report.items():
+        for name in dict.fromkeys(name.partition(":")[0] for name in report):
             parts = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
-            weights[name] = unpack(parts, layer["bits"], layer["group_size"])
+            weights[name] = unpack(parts, *_format(report, name))
         return weights, report
+
+    def weight(self, index: int, name: str) -> QuantizedWeight:
+        """One module's codes from block `index`, which is finished."""
+        path = self._path(index)
+        report = json.loads(path.with_suffix(".json").read_text())
+        with safe_open(path, framework="pt") as stream:
+            names = [key for key in stream.keys() if key.startswith(f"{name}/")]  # noqa: SIM118 (not a mapping)
+            parts = {key.rpartition("/")[2]: stream.get_tensor(key) for key in names}
+            return unpack(parts, *_format(report, name))
 
     def save(self, index: int, weights: dict[str, QuantizedWeight], report: dict[str, dict[str, Any]]) -> None:
         """Keep block `index`."""
@@ -84,6 +94,43 @@ class ResumeFile:
     def discard(self) -> None:
         """The run is finished: its blocks are not needed any more."""
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class FinishedWeights(Mapping[str, QuantizedWeight]):
+    """Codes by module name: those of finished blocks are read when they are asked for, others kept in memory."""
+
+    def __init__(self, resume: ResumeFile) -> None:
+        self._resume = resume
+        self._blocks: dict[str, int] = {}
+        self._others: dict[str, QuantizedWeight] = {}
+
+    def finish(self, index: int, names: Iterable[str]) -> None:
+        """Block `index`, which holds these modules, is finished."""
+        self._blocks |= dict.fromkeys(names, index)
+
+    def add(self, weights: Mapping[str, QuantizedWeight]) -> None:
+        """Weights that are in no block."""
+        self._others |= weights
+
+    def __getitem__(self, name: str) -> QuantizedWeight:
+        if name in self._blocks:
+            return self._resume.weight(self._blocks[name], name)
+        return self._others[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._blocks or name in self._others
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._blocks, *self._others))
+
+    def __len__(self) -> int:
+        return len(self._blocks) + len(self._others)
+
+
+def _format(report: Mapping[str, dict[str, Any]], module: str) -> tuple[int, int | None]:
+    """Bits and group size of a module, from the report on it or on the first of the projections that share it."""
+    layer = next(layer for name, layer in report.items() if name.partition(":")[0] == module)
+    return layer["bits"], layer["group_size"]
 
 
 def _digest(value: Any) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
 from toolchain.grids import Grid, GridFormat, find_grid
 from toolchain.loading import SourceModel
+from toolchain.loading.streamed import streamed_blocks
 from toolchain.options import Options
 from toolchain.quantized import QuantizedWeight, stack_rows
 from toolchain.recipe import EmbeddingFormat, Recipe
-from toolchain.resume import ResumeFile
+from toolchain.resume import FinishedBlock, FinishedWeights, ResumeFile
 from toolchain.solve import Settings, SolvedLayer, round_stage, solve_stage
 from toolchain.solvers import rtn
+from toolchain.spill import Spill
 from toolchain.statistics.block import Wanted, collect
 
 _BATCH = 2
@@ -36,7 +40,7 @@ class QuantizedModel:
         layers: reports by module name; by `module:role` where several projections share a module.
     """
 
-    weights: dict[str, QuantizedWeight]
+    weights: Mapping[str, QuantizedWeight]
     layers: dict[str, dict[str, Any]]
 
 
@@ -46,6 +50,7 @@ def quantize_model(
     sequences: Tensor | None,
     resume: ResumeFile | None = None,
     sequence_weights: Tensor | None = None,
+    spill: Path | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it was.
 
@@ -53,6 +58,7 @@ def quantize_model(
         sequences: calibration tokens int64 [n, length]; not needed by methods without statistics.
         resume: where finished blocks are kept, and taken from.
         sequence_weights: [n], how much each sequence counts, mean 1; None for all alike.
+        spill: directory for activations, in files that are mapped into memory; None keeps them in memory.
 
     Raises:
         ArithmeticError: a Hessian that no damping mends.
@@ -61,35 +67,46 @@ def quantize_model(
     options = recipe.options
     weights: dict[str, QuantizedWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
+    kept = FinishedWeights(resume) if resume and streamed_blocks(source.model) else None
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
-        finished = distributed.from_main(
-            lambda: {index: block for index, _ in blocks if resume and (block := resume.load(index))}
-        )
+        finished = distributed.from_main(lambda: {index for index, _ in blocks if resume and resume.load(index)})
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
-            texts = _Texts(source, sequences, sequence_weights, options)
+            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill))
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
-            done = finished.get(index)
             last = index + 1 == len(blocks)
-            if done is None:
-                solved = (
-                    round_stage(_weights(source.model, names), settings)
-                    if texts is None or options is None
-                    else texts.solve(index, names, settings, options)
-                )
-                done = _by_module(names, solved, recipe)
-                if resume:
-                    resume.save(index, *done)
-                if texts is not None and not last:  # nobody reads what the last block puts out
-                    texts.advance()
-            elif texts is not None and not last:
-                texts.replay(index, names, done[0])
-            weights |= done[0]
+            done = _load(resume, index) if index in finished else None
+            is_read = done is None or (texts is not None and not last)
+            with source.at_hand(index) if is_read else nullcontext():
+                if done is None:
+                    solved = (
+                        round_stage(_weights(source.model, names), settings)
+                        if texts is None or options is None
+                        else texts.solve(index, names, settings, options)
+                    )
+                    done = _by_module(names, solved, recipe)
+                    if resume:
+                        resume.save(index, *done)
+                    if texts is not None and not last:  # nobody reads what the last block puts out
+                        texts.advance()
+                elif texts is not None and not last:
+                    texts.replay(index, names, done[0])
+            if kept is None:
+                weights |= done[0]
+            else:
+                kept.finish(index, done[0])
             layers |= done[1]
-        weights |= _quantize_tables(source, recipe.embedding, recipe.round_scales)
-    return QuantizedModel(weights, layers)
+        tables = _quantize_tables(source, recipe.embedding, recipe.round_scales)
+    if kept is None:
+        return QuantizedModel(weights | tables, layers)
+    kept.add(tables)
+    return QuantizedModel(kept, layers)
+
+
+def _load(resume: ResumeFile | None, index: int) -> FinishedBlock | None:
+    return distributed.from_main(lambda: resume.load(index) if resume else None)
 
 
 def _weights(model: nn.Module, names: LayerNames) -> dict[str, Tensor]:
@@ -158,7 +175,12 @@ class _Texts:
     """The calibration text on its way through the quantized model and, where wanted, through the original."""
 
     def __init__(
-        self, source: SourceModel, sequences: Tensor, sequence_weights: Tensor | None, options: Options
+        self,
+        source: SourceModel,
+        sequences: Tensor,
+        sequence_weights: Tensor | None,
+        options: Options,
+        keep: Spill,
     ) -> None:
         self._source = source
         self._arguments, embed = entry(source.model, sequences.shape[1])
@@ -168,9 +190,9 @@ class _Texts:
             problem = f"{sequences.shape[0]} calibration sequences, in batches of {_BATCH}, do not occupy "
             fix = "Start fewer processes, or use more calibration sequences"
             raise UsageError(f"{problem}{distributed.world_size()} processes", where="torchrun", fix=fix)
-        self._text = Stream([embed(batch) for batch in batches[own]])
+        self._text = Stream([keep(embed(batch)) for batch in batches[own]], keep)
         compares = options.deviation > 0 or options.residual > 0
-        self._reference = Stream(list(self._text.hidden)) if compares else None
+        self._reference = Stream(list(self._text.hidden), keep) if compares else None
         self._token_weights = None
         if sequence_weights is not None:
             rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1])
@@ -212,7 +234,7 @@ class _Texts:
                 for role, inputs in kept.items():
                     # In place of the inputs, which are large.
                     for batch, x in enumerate(inputs):
-                        inputs[batch] = runner.output(role, x)
+                        inputs[batch] = self._text.keep(runner.output(role, x))
                     self._text.outputs[role] = inputs
         return solved
 
@@ -223,7 +245,7 @@ class _Texts:
             for batch in range(len(self._text.hidden)):
                 hidden = self._runner.run(self._text, batch, final=True).hidden
                 assert hidden is not None
-                self._text.following.append(hidden)
+                self._text.following.append(self._text.keep(hidden))
         self._text.advance()
         if self._reference is not None:
             self._reference.advance()
@@ -238,7 +260,7 @@ class _Texts:
                 for batch in range(len(self._reference.hidden)):
                     hidden = runner.run(self._reference, batch, final=False).hidden
                     assert hidden is not None
-                    self._reference.following.append(hidden)
+                    self._reference.following.append(self._reference.keep(hidden))
         self.advance()
 
 

@@ -17,8 +17,11 @@ __all__ = ["SourceModel", "load_source", "load_tokenizer"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_source(model: str) -> SourceModel:
+def load_source(model: str, stream: bool | None = False) -> SourceModel:
     """Load a model by what the user wrote.
+
+    Args:
+        stream: leave the blocks of a safetensors model on disk until they are worked on; None: of a large one.
 
     Raises:
         BoaEdgeError, UsageError: it is none of the accepted, or it cannot be loaded.
@@ -27,7 +30,7 @@ def load_source(model: str) -> SourceModel:
         return load_gguf(default_model_file(), "default (SmolLM2-135M-Instruct)")
     path = Path(model).expanduser()
     if path.is_dir():
-        return load_directory(path, model)
+        return load_directory(path, model, stream)
     if path.is_file():
         if path.suffix == ".gguf":
             return load_gguf(path, model)
@@ -36,6 +39,6 @@ def load_source(model: str) -> SourceModel:
             raise BoaEdgeError("is a pickle checkpoint", where=path, fix=fix)
         raise UsageError("is no model", where=path, fix="Accepted: a model directory, a .gguf file, a hub id, default")
     if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
-        return load_directory(download(model), model)
+        return load_directory(download(model), model, stream)
     fix = "Accepted: `default`, a model directory, a .gguf file or a hub id such as owner/name"
     raise UsageError("no such model", where=model, fix=fix)

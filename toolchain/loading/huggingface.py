@@ -11,14 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file
+from boa_edge.progress import say
 from toolchain.families import describe
 from toolchain.loading.source import SourceModel
+from toolchain.loading.streamed import is_large, load_streamed
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def load_directory(directory: Path, identity: str) -> SourceModel:
+def load_directory(directory: Path, identity: str, stream: bool | None = False) -> SourceModel:
     """Load a model directory in float32.
+
+    Args:
+        stream: leave the blocks on disk until they are worked on; None: where the model is large for this machine.
 
     Raises:
         BoaEdgeError: a file is missing, damaged or a pickle; the architecture is unknown; the directory wants its own
@@ -40,7 +45,8 @@ def load_directory(directory: Path, identity: str) -> SourceModel:
     shards = _shards(directory)
     for shard in shards:
         _check_safetensors(shard)
-    model = _load_model(directory)
+    model = _open_model(directory, shards) if stream or (stream is None and is_large(shards)) else None
+    model = _load_model(directory) if model is None else model
     tokenizer = load_tokenizer(directory)
     read = [directory / "config.json", *shards, *sorted(directory.glob("tokenizer*"))]
     generation = directory / "generation_config.json"
@@ -94,6 +100,18 @@ def _check_safetensors(path: Path) -> None:
     except (SafetensorError, OSError) as error:
         fix = "Download the file again"
         raise BoaEdgeError(f"is truncated or no safetensors file ({error})", where=path, fix=fix) from None
+
+
+def _open_model(directory: Path, shards: list[Path]) -> torch.nn.Module | None:
+    try:
+        model = load_streamed(directory, shards)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError):
+        return None  # loading it as a whole says what is wrong
+    if model is None:
+        say("its weights are named otherwise in the files than in the model: it is loaded as a whole")
+    else:
+        say("its blocks stay on disk until they are worked on")
+    return model
 
 
 def _load_model(directory: Path) -> torch.nn.Module:

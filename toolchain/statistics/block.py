@@ -120,7 +120,7 @@ def collect(
         for norm in head_norms.values():
             norm.add(taps.inputs[firsts[0]], weights)
         if keeps:
-            kept.append(taps.inputs[stage[0]])
+            kept.append(text.keep(taps.inputs[stage[0]]))
         if reference is not None:
             _compare(runner, text, reference, batch, firsts, taps.inputs, crosses, residual, weights)
     for accumulated in (*covariances.values(), *crosses.values(), *head_norms.values(), recorder):
@@ -273,10 +273,10 @@ def _compare(
             wanted = wanted + residual * _lag(text, reference, batch, first).view_as(wanted)
         crosses[first].add(wanted, inputs[first], weights)
     if "o" in by_output and firsts[-1] == "o":
-        reference.outputs.setdefault("o", []).append(taps.outputs["o"])
+        reference.outputs.setdefault("o", []).append(reference.keep(taps.outputs["o"]))
     if "down" in by_output:
         assert taps.hidden is not None
-        reference.following.append(taps.hidden)
+        reference.following.append(reference.keep(taps.hidden))
 
 
 def _lag(text: Stream, reference: Stream, batch: int, role: str) -> Tensor:
