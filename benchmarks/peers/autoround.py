@@ -32,6 +32,7 @@ def make(job: Job) -> Made:
         seed=job.seed,
         device_map="cpu",
         low_cpu_mem_usage=False,
+        enable_torch_compile=False,  # on two cores the compiler alone took minutes
     )
     with made.timed():
         model, _ = tuner.quantize()
