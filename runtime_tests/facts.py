@@ -84,5 +84,6 @@ def _spelled(recipe: dict[str, Any] | None) -> str | None:
     weights, method = (recipe or {}).get("weights"), (recipe or {}).get("method")
     if not isinstance(weights, dict) or "bits" not in weights or not isinstance(method, str):
         return None
+    bits = weights["bits"] if weights.get("budget_mb") is None else f"mix{weights['budget_mb']:.10g}mb"
     group = f"g{weights['group_size']}" if weights.get("group_size") else ""
-    return f"w{weights['bits']}{group}{'' if weights.get('symmetric', True) else 'asym'}-{method}"
+    return f"w{bits}{group}{'' if weights.get('symmetric', True) else 'asym'}-{method}"

@@ -19,6 +19,7 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import check_output, output_directory, write_json, write_text
 from boa_edge.progress import say
 from toolchain import distributed
+from toolchain.allocation import check_budget
 from toolchain.calibration import Calibration, kept_text, load_calibration
 from toolchain.checkpoint import write_weights
 from toolchain.fake_quantized import FakeQuantized
@@ -116,6 +117,7 @@ def quantize(
     say(f"loading {model}")
     source = load_source(model, stream)
     _check_groups(source, chosen)
+    check_budget(source, chosen)
     text = distributed.from_main(
         lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
     )

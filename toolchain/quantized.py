@@ -80,10 +80,13 @@ class QuantizedWeight:
 
     def payload_bytes(self) -> int:
         """Bytes of packed codes, bfloat16 scales and packed zero points, as they count on disk."""
-        bits = self.codes.numel() * self.bits + self.scales.numel() * 16
-        if self.zero_points is not None:
-            bits += self.zero_points.numel() * self.bits
-        return (bits + 7) // 8
+        return payload_size(*self.shape, self.scales.shape[1], self.bits, self.symmetric)
+
+
+def payload_size(rows: int, columns: int, groups: int, bits: int, symmetric: bool) -> int:
+    """`QuantizedWeight.payload_bytes` of a weight [rows, columns] with so many groups per row."""
+    scale_bits = 16 if symmetric else 16 + bits
+    return (rows * columns * bits + rows * groups * scale_bits + 7) // 8
 
 
 def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -7,6 +7,10 @@ A name reads as what it does:
     w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
     w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
+
+and with `wmix<megabytes>mb` for `w<bits>` each projection gets bits of its own, so that all fits a budget:
+
+    wmix83mbg32-edge
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from toolchain.methods import METHODS
 from toolchain.options import Options
 
 DEFAULT_RECIPE = "w4g32-edge"
-_NAME = re.compile(r"w(?P<bits>\d+)(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)")
+_NAME = re.compile(
+    r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
+)
 _GRAMMAR = "w<bits>[g<group>][asym]-<method>, such as w4g32-edge, w3asym-gptq or w2asym-rtn"
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
 
@@ -35,11 +41,25 @@ class _Frozen(BaseModel):
 
 
 class WeightFormat(_Frozen):
-    """How a matrix is stored: bits, inputs per scale (null: one scale per output channel), symmetric or not."""
+    """How a matrix is stored: bits, inputs per scale (null: one scale per output channel), symmetric or not.
 
-    bits: Literal[2, 3, 4, 8]
+    Attributes:
+        bits: `auto` chooses them for each projection, so that the payload of the whole checkpoint (codes, scales, zero
+            points, embedding table, norms) is no more than `budget_mb` megabytes of 10^6 bytes.
+    """
+
+    bits: Literal[2, 3, 4, 8, "auto"]
+    budget_mb: float | None = Field(default=None, gt=0)
     group_size: int | None = Field(default=None, ge=_SMALLEST_GROUP, le=_LARGEST_GROUP)
     symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _budget_is_for_auto(self) -> WeightFormat:
+        if self.bits == "auto" and self.budget_mb is None:
+            raise ValueError("bits 'auto' need a budget_mb, the size of the checkpoint in megabytes")
+        if self.bits != "auto" and self.budget_mb is not None:
+            raise ValueError(f"budget_mb is for bits 'auto', not for {self.bits} bits")
+        return self
 
 
 class EmbeddingFormat(_Frozen):
@@ -106,15 +126,19 @@ class Recipe(_Frozen):
 
     @property
     def grid_format(self) -> GridFormat:
+        """The grids' format; where each projection has bits of its own, those stand for the ones given here."""
         weights = self.weights
-        return GridFormat(weights.bits, weights.group_size, weights.symmetric, self.round_scales)
+        bits = 4 if weights.bits == "auto" else weights.bits
+        return GridFormat(bits, weights.group_size, weights.symmetric, self.round_scales)
 
     @property
     def name(self) -> str:
         """The name by which the weights' format and method are known."""
         group = f"g{self.weights.group_size}" if self.weights.group_size else ""
         asym = "" if self.weights.symmetric else "asym"
-        return f"w{self.weights.bits}{group}{asym}-{self.method}"
+        budget = self.weights.budget_mb
+        bits = self.weights.bits if budget is None else f"mix{budget:.10g}mb"
+        return f"w{bits}{group}{asym}-{self.method}"
 
     def with_method(self, method: str) -> Recipe:
         """The same formats by another method, with that method's own grid search where none was chosen."""
@@ -142,7 +166,8 @@ def load_recipe(recipe: str) -> Recipe:
         fix = "This version chooses the activations' precision at export (--activations int8, the default)"
         raise UsageError(f"recipe {recipe!r}: int8 activations (a8) cannot be simulated yet", fix=fix)
     weights = {
-        "bits": int(match["bits"]),
+        "bits": int(match["bits"]) if match["bits"] else "auto",
+        "budget_mb": float(match["budget"]) if match["budget"] else None,
         "group_size": int(match["group"]) if match["group"] else None,
         "symmetric": match["asym"] is None,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from boa_edge.errors import UsageError
-from boa_edge.progress import track
+from boa_edge.files import read_json, write_json
+from boa_edge.progress import say, track
 from toolchain import distributed
+from toolchain.allocation import Item, allocate, check_budget, module_bytes
 from toolchain.block import BlockRunner, Stream
 from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
@@ -21,15 +23,17 @@ from toolchain.grids import Grid, GridFormat, find_grid
 from toolchain.loading import SourceModel
 from toolchain.loading.streamed import streamed_blocks
 from toolchain.options import Options
-from toolchain.quantized import QuantizedWeight, stack_rows
+from toolchain.quantized import SUPPORTED_BITS, QuantizedWeight, stack_rows
 from toolchain.recipe import EmbeddingFormat, Recipe
 from toolchain.resume import FinishedBlock, FinishedWeights, ResumeFile
+from toolchain.sensitivity import Errors, predict_errors
 from toolchain.solve import Settings, SolvedLayer, round_stage, solve_stage
 from toolchain.solvers import rtn
 from toolchain.spill import Spill
 from toolchain.statistics.block import Wanted, collect
 
 _BATCH = 2
+_LOOKED_AT = 16  # calibration sequences from which bits are chosen
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,23 @@ def quantize_model(
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
         finished = distributed.from_main(lambda: {index for index, _ in blocks if resume and resume.load(index)})
+        planned = _plan(source, recipe, settings, sequences, sequence_weights, resume, Spill(spill))
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
             texts = _Texts(source, sequences, sequence_weights, options, Spill(spill))
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
             last = index + 1 == len(blocks)
+            bits = {} if planned is None else {role: planned[part.module] for role, part in names.parts().items()}
+            own = replace(settings, bits=bits)
             done = _load(resume, index) if index in finished else None
             is_read = done is None or (texts is not None and not last)
             with source.at_hand(index) if is_read else nullcontext():
                 if done is None:
                     solved = (
-                        round_stage(_weights(source.model, names), settings)
+                        round_stage(_weights(source.model, names), own)
                         if texts is None or options is None
-                        else texts.solve(index, names, settings, options)
+                        else texts.solve(index, names, own, options)
                     )
                     done = _by_module(names, solved, recipe)
                     if resume:
@@ -107,6 +114,44 @@ def quantize_model(
 
 def _load(resume: ResumeFile | None, index: int) -> FinishedBlock | None:
     return distributed.from_main(lambda: resume.load(index) if resume else None)
+
+
+def _plan(
+    source: SourceModel,
+    recipe: Recipe,
+    settings: Settings,
+    sequences: Tensor | None,
+    sequence_weights: Tensor | None,
+    resume: ResumeFile | None,
+    keep: Spill,
+) -> dict[str, int] | None:
+    """Bits by module, where the recipe leaves them to a budget: from a sample of the text, at full precision."""
+    spare = check_budget(source, recipe)
+    if spare is None:
+        return None
+    path = resume.directory / "bits.json" if resume else None
+    kept = distributed.from_main(lambda: read_json(path, "the chosen bits") if path and path.exists() else None)
+    if kept is not None:
+        return kept
+    assert sequences is not None
+    count = max(_LOOKED_AT, _BATCH * distributed.world_size())
+    own_weights = None if sequence_weights is None else sequence_weights[:count]
+    texts = _Texts(source, sequences[:count], own_weights, Options(), keep)
+    errors: dict[str, dict[int, float]] = {}
+    for index, names in track(list(enumerate(source.spec.layer_names)), "choosing bits"):
+        with source.at_hand(index):
+            found = texts.errors(index, names, settings)
+        for role, part in names.parts().items():
+            together = errors.setdefault(part.module, dict.fromkeys(SUPPORTED_BITS, 0.0))
+            for bits in SUPPORTED_BITS:
+                together[bits] += found[role][bits]
+    sizes = module_bytes(source, recipe.weights)
+    chosen = distributed.from_main(lambda: allocate([Item(name, sizes[name], errors[name]) for name in sizes], spare))
+    if path is not None:
+        write_json(path, chosen)
+    counts = {bits: list(chosen.values()).count(bits) for bits in SUPPORTED_BITS}
+    say(f"{recipe.name}: " + ", ".join(f"{count} modules at {bits} bits" for bits, count in counts.items() if count))
+    return chosen
 
 
 def _weights(model: nn.Module, names: LayerNames) -> dict[str, Tensor]:
@@ -237,6 +282,19 @@ class _Texts:
                         inputs[batch] = self._text.keep(runner.output(role, x))
                     self._text.outputs[role] = inputs
         return solved
+
+    def errors(self, index: int, names: LayerNames, settings: Settings) -> Errors:
+        """Predicted errors of block `index` by role and bits; then on to the next block, all at full precision."""
+        runner = self._open(index, names)
+        model = self._source.model
+        paths = {"o": names.attention_output_norm, "down": names.mlp_output_norm}
+        norms = {role: model.get_submodule(path) for role, path in paths.items() if path}
+        with own_attention(model):
+            errors = predict_errors(
+                runner, self._source.spec, self._text, self._token_weights, norms, settings.format, settings.damping
+            )
+        self._text.advance()
+        return errors
 
     def advance(self) -> None:
         """On to the next block, through the settled weights of this one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,20 @@ from toolchain.statistics.rope import position_mean
 
 @dataclass(frozen=True)
 class Settings:
-    """What the recipe says of every projection."""
+    """What the recipe says of every projection.
+
+    Attributes:
+        bits: by role, where projections have bits of their own.
+    """
 
     format: GridFormat
     search: ScaleSearch
     damping: float
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, role: str) -> Settings:
+        """Those of one projection."""
+        return replace(self, format=replace(self.format, bits=self.bits.get(role, self.format.bits)))
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def round_stage(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, 
     for role, weight in weights.items():
         start = time.monotonic()
         stack = weight.unsqueeze(0)
-        grid = find_grid(stack, settings.format, settings.search)
+        grid = find_grid(stack, settings.of(role).format, settings.search)
         quantized = grid.quantized(rtn.solve(stack, grid))
         solved[role] = SolvedLayer(quantized, None, None, None, None, time.monotonic() - start)
     return solved
@@ -94,7 +103,7 @@ def solve_stage(
         column_hessian = columns.get(role, inputs)
         units = column_hessian.shape[0] if row_hessian is None else row_hessian.shape[0]
         stack = target.view(units, -1, weight.shape[1])
-        solution = _solve_together(stack, column_hessian, row_hessian, settings, options, factors, turn)
+        solution = _solve_together(stack, column_hessian, row_hessian, settings.of(role), options, factors, turn)
         quantized = solution.grid.quantized(solution.codes)
         size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
         plain = (quantized.dequantize() - weight)[None]

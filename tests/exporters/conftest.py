@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ def make_tiny(tmp_path: Path) -> Callable[..., Tiny]:
         embedding_symmetric: bool = True,
         name: str = "checkpoint",
         float_modules: tuple[str, ...] = (),
+        module_bits: Mapping[str, int] | None = None,
         **overrides: Any,
     ) -> Tiny:
         torch.manual_seed(0)
@@ -112,7 +113,10 @@ def make_tiny(tmp_path: Path) -> Callable[..., Tiny]:
                 torch.nn.init.normal_(parameter, mean=0.0 if "bias" in parameter_name else 1.0, std=0.2)
         document = {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
         spec = describe(document, "config.json")
-        modules = {name: (bits, symmetric) for name in spec.linear_inputs() if name not in float_modules}
+        own_bits = module_bits or {}
+        modules = {
+            name: (own_bits.get(name, bits), symmetric) for name in spec.linear_inputs() if name not in float_modules
+        }
         if embedding_bits is not None:
             modules[spec.embedding] = (embedding_bits, embedding_symmetric)
             if not spec.tied_embeddings:

@@ -23,6 +23,13 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
+MIXED = {
+    "model.layers.0.self_attn.q_proj": 8,
+    "model.layers.0.self_attn.v_proj": 3,
+    "model.layers.0.mlp.up_proj": 2,
+    "model.layers.1.mlp.down_proj": 2,
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "asymmetric": {"symmetric": False, "embedding_symmetric": False},
@@ -44,12 +51,26 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3-rope": {"rope_parameters": LLAMA3},
     "yarn-rope": {"rope_parameters": YARN},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+    "mixed-bits": {"module_bits": MIXED},
+    "mixed-bits-asymmetric": {"module_bits": MIXED, "symmetric": False},
     "one-float-linear": {"float_modules": ("model.layers.1.mlp.down_proj",)},
 }
 
 
 def close(actual: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_each_linear_keeps_its_own_bits_under_int8_activations(make_tiny: Callable[..., Tiny], tmp_path: Path) -> None:
+    tiny = make_tiny(module_bits=MIXED)
+    checkpoint = tiny.checkpoint
+    assert {name: checkpoint.quantized(name).bits for name in MIXED} == MIXED
+    assert checkpoint.quantized("model.layers.1.self_attn.q_proj").bits == 4
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 40))
+    with torch.no_grad():
+        expected = tiny.model()(torch.from_numpy(tokens)).logits.numpy()
+    found = tiny.decoder(tmp_path / "bundle", "int8").logits(tokens)
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.99
 
 
 @pytest.mark.parametrize("case", CASES)

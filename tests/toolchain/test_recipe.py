@@ -35,7 +35,7 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("w5-boa", "weights.bits: Input should be 2, 3, 4 or 8"),
+        ("w5-boa", "weights.bits: Input should be 2, 3, 4, 8 or 'auto'"),
         ("w4g8-boa", "weights.group_size: Input should be greater than or equal to 16"),
         ("w4g32-boo", "method 'boo' is unknown; accepted: rtn, gptq, boa"),
         ("w4g32-boa-smooth", "no transform 'smooth' in this version"),

@@ -25,6 +25,9 @@ from toolchain import distributed
 from toolchain.statistics.head_norm import HeadNorm
 from toolchain.statistics.rope import turn_back
 
+POSITIONS = 32
+"""How many positions are sampled from each sequence."""
+
 
 class GaussNewtonRows:
     """Accumulates both row Hessians of one block.
@@ -43,7 +46,7 @@ class GaussNewtonRows:
         groups: int,
         head_dim: int,
         inv_freq: Tensor,
-        per_sequence: int = 32,
+        per_sequence: int = POSITIONS,
         *,
         scaling: float = 1.0,
         head_norms: Mapping[str, HeadNorm] | None = None,
