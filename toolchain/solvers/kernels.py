@@ -67,6 +67,8 @@ def descend_rows(gradient, columns_hessian, scales, low, high, codes, sweeps):  
         for _ in range(sweeps):
             changed = 0
             for j in range(columns):
+                if columns_hessian[h, j, j] <= 0:  # an input that was never used: the loss does not see its codes
+                    continue
                 scale = scales[h, i, j]
                 old = codes[h, i, j]
                 new = min(max(np.rint(old - gradient[h, i, j] / (columns_hessian[h, j, j] * scale)), low), high)
@@ -93,6 +95,8 @@ def descend_heads(gradient, columns_hessian, rows_hessian, scales, low, high, co
                     scale = scales[h, i, j]
                     old = codes[h, i, j]
                     curvature = rows_hessian[h, i, i] * columns_hessian[h, j, j] * scale
+                    if curvature <= 0:
+                        continue
                     new = min(max(np.rint(old - gradient[h, i, j] / curvature), low), high)
                     if new != old:
                         codes[h, i, j] = new

@@ -41,47 +41,55 @@ def refit_scales(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, row
     groups = grid.scales.shape[-1]
     size = codes.shape[-1] // groups
     levels = codes - grid.zeros.repeat_interleave(size, -1)
-    if rows is None:
-        scales = _refit_rows(target, levels, grid.scales, columns)
-    elif groups == 1:
+    if rows is not None and groups == 1:
         scales = _refit_heads(target, levels, grid.scales, columns, rows)
     else:
-        # Rows interact through H_row: one Gauss-Seidel sweep over them.
-        scales = grid.scales.clone()
-        value = levels * scales.repeat_interleave(size, -1)
-        for i in range(codes.shape[1]):
-            pull = rows[:, i, :, None] * (target - value)
-            wanted = value[:, i] + pull.sum(1) / rows[:, i, i, None]
-            refitted = _refit_rows(wanted[:, None], levels[:, i : i + 1], scales[:, i : i + 1], columns)
-            scales[:, i : i + 1] = refitted
-            value[:, i] = levels[:, i] * refitted[:, 0].repeat_interleave(size, -1)
+        normals = _normals(levels, columns, groups)
+        if rows is None:
+            scales = _solve_normals(normals, _moments(target @ columns, levels, groups), grid.scales)
+        else:
+            # Rows interact through H_row: one Gauss-Seidel sweep over them.
+            scales = grid.scales.clone()
+            left = target - levels * scales.repeat_interleave(size, -1)
+            for i in range(codes.shape[1]):
+                own = slice(i, i + 1)
+                pull = (rows[:, own] @ left) / rows[:, own, own]
+                wanted = (target[:, own] - left[:, own] + pull) @ columns
+                scales[:, own] = _solve_normals(
+                    normals[:, own], _moments(wanted, levels[:, own], groups), scales[:, own]
+                )
+                left[:, own] = target[:, own] - levels[:, own] * scales[:, own].repeat_interleave(size, -1)
     good = torch.isfinite(scales) & (scales > 0.2 * grid.scales) & (scales < 5 * grid.scales)
     return Grid(round_scale(torch.where(good, scales, grid.scales), grid.format), grid.zeros, grid.format)
 
 
-def _refit_rows(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
-    """Row by row: min_s |t - sum_g s_g c_g|^2 in the metric H_col, [n, rows, groups]."""
+def _moments(weighted: Tensor, levels: Tensor, groups: int) -> Tensor:
+    """sum over k in g of (T H)_k c_k: [n, rows, groups]."""
+    return (weighted * levels).unflatten(-1, (groups, -1)).sum(-1)
+
+
+def _normals(levels: Tensor, columns: Tensor, groups: int) -> Tensor:
+    """sum over j in g, k in g' of c_j H_jk c_k: [n, rows, groups, groups]."""
     n, rows, width = levels.shape
-    groups = scales.shape[-1]
-    moments = (((target @ columns) * levels).view(n, rows, groups, -1)).sum(-1)
     if groups == 1:
-        energy = ((levels @ columns) * levels).sum(-1, keepdim=True)
-        return (moments + _RIDGE * energy * scales) / (energy * (1 + _RIDGE)).clamp_min(1e-30)
+        return ((levels @ columns) * levels).sum(-1)[..., None, None]
     size = width // groups
-    by_group = levels.view(n, rows, groups, size)
-    blocks = columns.expand(n, width, width).view(n, groups, size, width)
-    result = torch.empty_like(scales)
-    step = max(1, (1 << 25) // (groups * width))
-    for start in range(0, rows, step):
-        part = by_group[:, start : start + step]
-        spread = torch.einsum("nrgs,ngsw->nrgw", part, blocks).view(n, part.shape[1], groups, groups, size)
-        normal = (spread * part[:, :, None]).sum(-1).to(torch.float64)
-        ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1)
-        normal = normal + torch.diag_embed(ridge + 1e-30)
-        old = scales[:, start : start + step].to(torch.float64)
-        right = moments[:, start : start + step].to(torch.float64) + ridge * old
-        result[:, start : start + step] = torch.linalg.solve(normal, right.unsqueeze(-1)).squeeze(-1).to(scales.dtype)
-    return result
+    normals = levels.new_empty(n, rows, groups, groups)
+    for g in range(groups):  # on and above the diagonal; a product per group keeps the intermediate small
+        start = g * size
+        spread = levels[:, :, start : start + size] @ columns[:, start : start + size, start:]
+        normals[:, :, g, g:] = (spread.mul_(levels[:, :, start:])).unflatten(-1, (groups - g, size)).sum(-1)
+    upper = normals.triu()
+    return upper + upper.triu(1).mT
+
+
+def _solve_normals(normals: Tensor, moments: Tensor, scales: Tensor) -> Tensor:
+    """The least-squares scales of each row, held a little where they are: [n, rows, groups]."""
+    wide = normals.to(torch.float64)
+    ridge = _RIDGE * wide.diagonal(dim1=-2, dim2=-1)
+    right = moments.to(torch.float64) + ridge * scales.to(torch.float64)
+    wide = wide + torch.diag_embed(ridge + 1e-30)
+    return torch.linalg.solve(wide, right.unsqueeze(-1)).squeeze(-1).to(scales.dtype)
 
 
 def _refit_heads(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor, rows: Tensor) -> Tensor:

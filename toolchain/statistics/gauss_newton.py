@@ -25,7 +25,7 @@ from toolchain import distributed
 from toolchain.statistics.head_norm import HeadNorm
 from toolchain.statistics.rope import turn_back
 
-POSITIONS = 32
+POSITIONS = 8
 """How many positions are sampled from each sequence."""
 
 
