@@ -84,6 +84,19 @@ def test_descent_leaves_the_minimum_alone_and_its_input_too() -> None:
     assert torch.equal(once, kept)
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_descent_leaves_the_codes_of_inputs_that_were_never_used(two_sided: bool) -> None:
+    """The loss does not see them (a ReLU that never fired); text that uses them later does."""
+    target, h_col, h_row = problem(3, 2, 4, 8)
+    h_col[:, 5], h_col[:, :, 5] = 0, 0
+    rows = h_row if two_sided else None
+    grid = find_grid(target, FORMATS[0], "minmax")
+    start = rtn.solve(target, grid)
+    codes = descend(target, start, grid, h_col, rows, 10)
+    assert torch.equal(codes[:, :, 5], start[:, :, 5])
+    assert not torch.equal(codes, start)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_compiled_one_sided_block_equals_its_tensor_form(fmt: GridFormat) -> None:
     weight, h_col, _ = problem(4, 2, 7, 40)
