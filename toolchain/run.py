@@ -304,6 +304,7 @@ class _Texts:
                 hidden = self._runner.run(self._text, batch, final=True).hidden
                 assert hidden is not None
                 self._text.following.append(self._text.keep(hidden))
+        self._runner = None  # it holds a block's weights
         self._text.advance()
         if self._reference is not None:
             self._reference.advance()
