@@ -119,12 +119,23 @@ def write(job: Job, made: Made, versions: Mapping[str, str]) -> None:
     save_file(tensors, job.out / WEIGHTS_FILE)
     summary = {
         "seconds": round(made.seconds, 2),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+        "peak_mb": round(peak_bytes() / 1e6),
         "version": f"{package} {version}",
         "versions": dict(versions),
         "notes": made.notes,
     }
     (job.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process."""
+    # getrusage would count the process that started this one: Linux carries its size over the start.
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    return 1024 * (kilobytes[0] if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def check_made(job: Job, made: Made) -> None:
