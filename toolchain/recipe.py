@@ -30,7 +30,8 @@ from toolchain.options import Options
 
 DEFAULT_RECIPE = "w4g32-edge"
 _NAME = re.compile(
-    r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
+    r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)"
+    r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
 )
 _GRAMMAR = "w<bits>[g<group>][asym]-<method>, such as w4g32-edge, w3asym-gptq or w2asym-rtn"
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256

@@ -25,6 +25,7 @@ from toolchain.loading import SourceModel, load_source
 from toolchain.quantize import quantize
 from toolchain.quantized import SUPPORTED_BITS
 from toolchain.recipe import CalibrationSize, Recipe, load_recipe, parse_recipe
+from toolchain.resume import ResumeFile
 from toolchain.sensitivity import predict_errors
 from toolchain.solvers import gptq
 from toolchain.solvers.linear_algebra import inverse_factor
@@ -185,6 +186,29 @@ def test_plenty_is_eight_bits_and_too_little_names_the_least(tiny_model: Path, t
     for directory, bits in (("least", 2), ("most", 8)):
         checkpoint = Checkpoint(tmp_path / directory)
         assert {checkpoint.quantized(name).bits for name in source.spec.linear_inputs()} == {bits}
+
+
+def test_a_stopped_run_goes_on_with_the_bits_it_has_chosen(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = load_source(str(tiny_model))
+    recipe = mixed((uniform_bytes(source, mixed(1.0), 3) + 1000) / 1e6)
+    real_save = ResumeFile.save
+
+    def stop(self: ResumeFile, index: int, *block: object) -> None:
+        real_save(self, index, *block)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumeFile, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(tiny_model), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
+    kept = json.loads((tmp_path / ".ckpt.gptq.unfinished" / "bits.json").read_text())
+    monkeypatch.setattr(ResumeFile, "save", real_save)
+    monkeypatch.setattr("toolchain.run.predict_errors", lambda *_: pytest.fail("bits are chosen twice"))
+    quantize(str(tiny_model), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
+    checkpoint = Checkpoint(tmp_path / "ckpt")
+    assert {name: checkpoint.quantized(name).bits for name in kept} == kept
+    assert not (tmp_path / ".ckpt.gptq.unfinished").exists()
 
 
 def test_projections_that_share_a_module_share_their_bits(tmp_path: Path, text_file: Path) -> None:
