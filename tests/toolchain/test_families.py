@@ -30,7 +30,7 @@ from toolchain.solve import _attention_hessians
 from toolchain.statistics.block import Wanted, collect
 
 LENGTH, BATCH = 11, 3
-SMALL = {"sequences": 24, "sequence_length": 48, "held_out_sequences": 1}
+SMALL = {"sequences": 10, "sequence_length": 32, "held_out_sequences": 1}
 FAMILIES = sorted(CONFIGS)
 LAYERS = [(family, layer) for family in FAMILIES for layer in (0, 1)]
 
