@@ -106,7 +106,7 @@ def test_a_wrong_request_is_one_line_and_an_exit_code(
 def test_the_stages_in_a_row_on_the_host(tiny_model: Path, text_file: Path, recipe_file: Path, tmp_path: Path) -> None:
     ckpt, bundle, report = tmp_path / "ckpt", tmp_path / "bundle", tmp_path / "report"
     made = result(call("quantize", tiny_model, "--recipe", recipe_file, "--calibration", text_file, "-o", ckpt))
-    assert made["recipe"] == "w4g32-edge"
+    assert made["recipe"] == "w4g32-boa"
     exported = result(call("export", ckpt, "--runtime", "onnx", "--activations", "float32", "-o", bundle))
     assert exported["quantized_linears"] == 15  # seven per block, and the head
     measured = result(call("measure", bundle, "--device", "host", "-o", report))
