@@ -34,13 +34,16 @@ EDGE: dict[str, object] = {
     "sweeps": 1,
 }
 
-# One process that has imported everything forks one per line of its input, which then is `boa-edge` with that line's
-# arguments: a kill costs a second and not the ten that Python needs to import torch and transformers.
+# One process that has imported everything, and once loaded the model, which imports the rest, forks one per line of its
+# input, which then is `boa-edge` with that line's arguments: a kill costs a second and not the ten that Python needs to
+# import torch and transformers.
 STARTER = """
 import json, os, sys
-import boa_edge.cli, toolchain.quantize
-from boa_edge.quiet import quiet_transformers
+from boa_edge.quiet import quiet_libraries, quiet_transformers
+quiet_libraries()
 quiet_transformers()
+import boa_edge.cli, toolchain.quantize
+toolchain.quantize.load_source(sys.argv.pop())
 for line in sys.stdin:
     arguments, log = json.loads(line)
     child = os.fork()
@@ -58,9 +61,9 @@ for line in sys.stdin:
 class Starter:
     """Starts `boa-edge`, kills it where told to, and says how it ended."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, model: Path) -> None:
         self._log = log
-        command = [sys.executable, "-c", STARTER]
+        command = [sys.executable, "-c", STARTER, str(model)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT, cwd=ROOT)
 
@@ -85,8 +88,8 @@ class Starter:
 
 
 @pytest.fixture(scope="module")
-def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
-    made = Starter(tmp_path_factory.mktemp("log") / "log.txt")
+def starter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    made = Starter(tmp_path_factory.mktemp("log") / "log.txt", model)
     yield made
     assert made.process.stdin is not None
     made.process.stdin.close()
@@ -101,8 +104,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_recipe(path: Path, method: str, bits: int = 3, solver: dict[str, object] | None = None) -> Path:
     document = {
         "method": method,
-        "weights": {"bits": bits, "group_size": 32, "symmetric": False},
-        "calibration": {"sequences": 12, "sequence_length": 64, "held_out_sequences": 1},
+        "weights": {"bits": bits, "group_size": None, "symmetric": False},
+        "calibration": {"sequences": 6, "sequence_length": 48, "held_out_sequences": 1},
     }
     path.write_text(yaml.safe_dump(document | ({"solver": solver} if solver else {})))
     return path
