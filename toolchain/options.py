@@ -21,7 +21,7 @@ class Options(BaseModel):
             on the quantized weights before it; otherwise once per block, at full precision.
         deviation: how much of the deviation of a projection's inputs, which the layers quantized before it have caused,
             its weights make up for: 0 nothing (GPTQ, BoA), 1 all that least squares can.
-        residual: how much of the deviation of the residual stream `o` and `down` make up for as well.
+        residual: how much of the deviation of the residual stream `o` and `down` make up for as well; needs recollect.
         refits: rounds of refitting the scales to the codes and solving the codes again, kept where the loss falls.
         rounding_iterations: steps of learned rounding (AdaRound) on the stored loss, kept where the loss falls.
         sweeps: sweeps of coordinate descent on the codes at the end.
@@ -40,7 +40,9 @@ class Options(BaseModel):
     sweeps: int = Field(default=0, ge=0, le=20)
 
     @model_validator(mode="after")
-    def _orders_agree(self) -> Options:
+    def _options_agree(self) -> Options:
         if self.adaptive_rows and self.activation_order:
             raise ValueError("adaptive_rows takes rows in their own order: set activation_order to false")
+        if self.residual and not self.recollect:
+            raise ValueError("residual needs every stage apart: set recollect to true")
         return self

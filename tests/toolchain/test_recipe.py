@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from boa_edge.errors import UsageError
-from toolchain.recipe import load_recipe
+from toolchain.recipe import load_recipe, parse_recipe
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,18 @@ def test_a_bad_file_names_the_field(tmp_path: Path, text: str, message: str) -> 
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("solver", "message"),
+    [
+        ({"residual": 0.5}, "set recollect to true"),
+        ({"adaptive_rows": 16, "activation_order": True}, "set activation_order to false"),
+        ({"deviation": 2.0}, "less than or equal to 1"),
+        ({"devation": 0.5}, "devation"),
+    ],
+)
+def test_solver_options_that_do_not_go_together_are_refused(solver: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_recipe({"method": "edge", "weights": {"bits": 4}, "solver": solver}, "recipe.yaml")
+    assert message in str(caught.value)
