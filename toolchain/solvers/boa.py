@@ -40,7 +40,7 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
         n, _, columns = weight.shape
         low, high = code_range(grid.format.bits)
         codes = torch.empty_like(weight)
-        coupling = upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        coupling = _coupling(upper_row)
         upper = upper_column.expand(n, columns, columns)
         arrays = [tensor.contiguous().numpy() for tensor in (upper, coupling, *grid.expand(columns))]
         kernels.two_sided(weight.clone().numpy(), *arrays, low, high, codes.numpy())
@@ -50,8 +50,7 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
 
 def solve_in_tiles(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -> Tensor:
     """The same as tensor operations, for accelerators."""
-    state = _State(weight, upper_column, upper_row, _TILE)
-    state.set_grid(grid, 0)
+    state = _State(weight, upper_column, upper_row, grid)
     for front in range(state.row_tiles + state.column_tiles - 1):
         first = max(0, front - state.column_tiles + 1)
         state.solve_tiles([(i, front - i) for i in range(first, min(front + 1, state.row_tiles))])
@@ -70,7 +69,7 @@ def solve_adaptive(
     Returns: codes [n, rows, columns] and their grid.
     """
     _, rows, columns = weight.shape
-    pull = (upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).triu(1).mT  # [n, i, i'], i' < i
+    pull = _coupling(upper_row).triu(1).mT  # [n, i, i'], i' < i
     changes = torch.zeros_like(weight)
     codes, grids = [], []
     for start in range(0, rows, joint_rows):
@@ -88,12 +87,17 @@ def solve_adaptive(
     return torch.cat(codes, 1), Grid(scales, zeros, grids[0].format)
 
 
+def _coupling(upper_row: Tensor) -> Tensor:
+    """[n, i', i]: what row i takes of the change of an earlier row i', U_r[i', i] / U_r[i', i']."""
+    return upper_row / upper_row.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+
+
 class _State:
     """The weight, padded to whole tiles, and what has been solved of it."""
 
-    def __init__(self, weight: Tensor, upper_column: Tensor, upper_row: Tensor, tile_rows: int) -> None:
+    def __init__(self, weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -> None:
         _, self.rows, self.columns = weight.shape
-        self.tile_rows = min(tile_rows, self.rows)
+        self.tile_rows = min(_TILE, self.rows)
         self.row_tiles = -(-self.rows // self.tile_rows)
         # One row of tiles has nothing to batch: then a tile may as well be wide, which saves steps.
         self.tile_columns = min(_TILE if self.row_tiles > 1 else _WIDE_TILE, self.columns)
@@ -101,24 +105,16 @@ class _State:
         rows, columns = self.row_tiles * self.tile_rows, self.column_tiles * self.tile_columns
         self._weight = _pad(weight, rows, columns)
         self._upper_column = _pad_factor(upper_column, columns)
-        upper = _pad_factor(upper_row, rows)
-        # What row i takes of the change of an earlier row i': U_r[i', i] / U_r[i', i'].
-        self._pull_rows = (upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).triu(1).mT.contiguous()
+        self._pull_rows = _coupling(_pad_factor(upper_row, rows)).triu(1).mT.contiguous()
         self._pull_columns = self._upper_column.triu(1)
         self._pivots = self._upper_column.diagonal(dim1=-2, dim2=-1)
         self._scales = torch.ones_like(self._weight)
         self._zeros = torch.zeros_like(self._weight)
+        own = (slice(None), slice(self.rows), slice(self.columns))
+        self._scales[own], self._zeros[own] = grid.expand(self.columns)
         self._codes = torch.zeros_like(self._weight)
         self._changes = torch.zeros_like(self._weight)
         self._errors = torch.zeros_like(self._weight)
-        self._bits = 0
-
-    def set_grid(self, grid: Grid, first_row: int) -> None:
-        """The grid of the rows from `first_row` on."""
-        scales, zeros = grid.expand(self.columns)
-        stop = first_row + scales.shape[1]
-        self._scales[:, first_row:stop, : self.columns] = scales
-        self._zeros[:, first_row:stop, : self.columns] = zeros
         self._bits = grid.format.bits
 
     def _row_slice(self, i: int) -> slice:

@@ -84,7 +84,7 @@ def _normals(levels: Tensor, columns: Tensor, groups: int) -> Tensor:
 
 
 def _solve_normals(normals: Tensor, moments: Tensor, scales: Tensor) -> Tensor:
-    """The least-squares scales of each row, held a little where they are: [n, rows, groups]."""
+    """Least-squares scales from normals [..., s, s] and moments [..., s], held a little where `scales` [..., s] are."""
     wide = normals.to(torch.float64)
     ridge = _RIDGE * wide.diagonal(dim1=-2, dim2=-1)
     right = moments.to(torch.float64) + ridge * scales.to(torch.float64)
@@ -95,12 +95,9 @@ def _solve_normals(normals: Tensor, moments: Tensor, scales: Tensor) -> Tensor:
 def _refit_heads(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """All rows of a head at once: (H_row o C H_col C^T) s = diag(H_row T H_col C^T), [n, rows, 1]."""
     weighted = levels @ columns  # C H_col
-    normal = (rows * (weighted @ levels.mT)).to(torch.float64)
-    right = ((rows @ target) * weighted).sum(-1).to(torch.float64)
-    ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1)
-    normal = normal + torch.diag_embed(ridge + 1e-30)
-    right = right + ridge * scales[..., 0].to(torch.float64)
-    return torch.linalg.solve(normal, right.unsqueeze(-1)).to(scales.dtype)
+    normals = rows * (weighted @ levels.mT)
+    moments = ((rows @ target) * weighted).sum(-1)
+    return _solve_normals(normals, moments, scales[..., 0]).unsqueeze(-1)
 
 
 def descend(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None, sweeps: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from toolchain import distributed
+from toolchain.statistics.covariance import mirrored, panels
 from toolchain.statistics.gauss_newton import GaussNewtonRows
 
 ATTENTION = "boa_edge"
@@ -174,7 +175,7 @@ class AttentionRecorder:
         # A_h is lower triangular and both products are symmetric: blocks that are zero or known are left out.
         stacked = weights.view(batch, groups, heads // groups, length, length)
         mixing = weights.new_empty(groups, length, length)
-        panels = self._panels(self.values.shape[-1])
+        parts = panels(self.values.shape[-1])
         for sequence in range(batch):
             x = self.x[sequence]
             for start in range(0, length, _BLOCK):
@@ -183,14 +184,10 @@ class AttentionRecorder:
                 mixing[:, :stop, start:stop] = rows.mT @ rows[:, :, start:]
                 mixing[:, start:stop, :start] = mixing[:, :start, start:stop].mT
             mixed = mixing @ x
-            for start, stop in panels:
+            for start, stop in parts:
                 self.values[:, :stop, start:stop].baddbmm_(
                     x[:, :stop].mT.expand(groups, -1, -1), mixed[:, :, start:stop]
                 )
-
-    @staticmethod
-    def _panels(width: int) -> list[tuple[int, int]]:
-        return [(start, min(start + 2 * _BLOCK, width)) for start in range(0, width, 2 * _BLOCK)]
 
     def reduce(self) -> None:
         """On to what all ranks have accumulated."""
@@ -203,5 +200,4 @@ class AttentionRecorder:
         """The values' second moments so far, whole and symmetric."""
         if self.values is None:
             return None
-        upper = self.values.triu()
-        return upper + upper.triu(1).mT
+        return mirrored(self.values)

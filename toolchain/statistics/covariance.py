@@ -10,6 +10,17 @@ from toolchain import distributed
 _PANEL = 256
 
 
+def panels(width: int) -> list[tuple[int, int]]:
+    """[start, stop) of the column panels in which a symmetric product is accumulated, down to the diagonal."""
+    return [(start, min(start + _PANEL, width)) for start in range(0, width, _PANEL)]
+
+
+def mirrored(total: Tensor) -> Tensor:
+    """The symmetric matrices [..., d, d] whose upper triangles stand in `total`."""
+    upper = total.triu()
+    return upper + upper.triu(1).mT
+
+
 class Covariance:
     """Running 2 E[w x x^T], [d, d], and, against a second stream, 2 E[w y x^T].
 
@@ -22,7 +33,7 @@ class Covariance:
     def __init__(self, width: int, like: Tensor) -> None:
         self.total = like.new_zeros(width, width)
         self.weight = 0.0
-        self._panels = [(start, min(start + _PANEL, width)) for start in range(0, width, _PANEL)]
+        self._panels = panels(width)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """x [..., d]; weights [...] of the tokens, all one where None."""
@@ -42,8 +53,7 @@ class Covariance:
 
     def hessian(self) -> Tensor:
         """What was accumulated, symmetric."""
-        upper = self.total.triu()
-        return (upper + upper.triu(1).mT) * (2.0 / self.weight)
+        return mirrored(self.total) * (2.0 / self.weight)
 
 
 class CrossCovariance:
