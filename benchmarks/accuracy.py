@@ -271,6 +271,7 @@ class Benchmark:
             "reference_perplexity": score["reference_perplexity"],
             "top1": score["top1"],
             "seconds": summary["seconds"],
+            "cpu_seconds": summary["cpu_seconds"],
             "peak_mb": summary["peak_mb"],
             "version": version,
         }

@@ -62,6 +62,11 @@ class Grid:
         repeats = columns // self.scales.shape[-1]
         return self.scales.repeat_interleave(repeats, -1), self.zeros.repeat_interleave(repeats, -1)
 
+    def values(self, codes: Tensor) -> Tensor:
+        """What `codes` [n, rows, columns] stand for."""
+        scales, zeros = self.expand(codes.shape[-1])
+        return (codes - zeros) * scales
+
     def quantized(self, codes: Tensor) -> QuantizedWeight:
         """The value type for `codes` [n, rows, columns] (float holding integers), heads stacked along the rows."""
         columns = codes.shape[-1]

@@ -36,6 +36,8 @@ METHODS: dict[str, Method] = {
             recollect=True,
             deviation=0.5,
             residual=0.5,
+            safety_net=True,
+            detailed_sequences=32,
             refits=3,
             sweeps=2,
         ),

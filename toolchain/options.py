@@ -22,6 +22,11 @@ class Options(BaseModel):
         deviation: how much of the deviation of a projection's inputs, which the layers quantized before it have caused,
             its weights make up for: 0 nothing (GPTQ, BoA), 1 all that least squares can.
         residual: how much of the deviation of the residual stream `o` and `down` make up for as well; needs recollect.
+        detailed_sequences: of so many calibration sequences attention's statistics and the deviations are taken, which
+            cost most; null takes them of all. Every sequence counts in the column Hessians.
+        safety_net: a sixteenth of the text is kept from the statistics of q, k and v, and a head whose two-sided
+            solution does worse on it than GPTQ's, or moves the weights twice as far, gets GPTQ's; needs rows `boa` or
+            `gauss_newton`.
         refits: rounds of refitting the scales to the codes and solving the codes again, kept where the loss falls.
         rounding_iterations: steps of learned rounding (AdaRound) on the stored loss, kept where the loss falls.
         sweeps: sweeps of coordinate descent on the codes at the end.
@@ -35,6 +40,8 @@ class Options(BaseModel):
     recollect: bool = False
     deviation: float = Field(default=0.0, ge=0, le=1)
     residual: float = Field(default=0.0, ge=0, le=1)
+    detailed_sequences: int | None = Field(default=None, ge=1)
+    safety_net: bool = False
     refits: int = Field(default=0, ge=0, le=20)
     rounding_iterations: int = Field(default=0, ge=0, le=20000)
     sweeps: int = Field(default=0, ge=0, le=20)
@@ -45,4 +52,6 @@ class Options(BaseModel):
             raise ValueError("adaptive_rows takes rows in their own order: set activation_order to false")
         if self.residual and not self.recollect:
             raise ValueError("residual needs every stage apart: set recollect to true")
+        if self.safety_net and self.attention_rows not in ("boa", "gauss_newton"):
+            raise ValueError(f"safety_net is for attention_rows 'boa' and 'gauss_newton', not {self.attention_rows!r}")
         return self

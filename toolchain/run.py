@@ -30,9 +30,11 @@ from toolchain.sensitivity import Errors, predict_errors
 from toolchain.solve import Settings, SolvedLayer, round_stage, solve_stage
 from toolchain.solvers import rtn
 from toolchain.spill import Spill
-from toolchain.statistics.block import Wanted, collect
+from toolchain.statistics.block import BlockStatistics, Wanted, collect
 
 _BATCH = 2
+_HELD_OUT = 16  # one batch in so many is kept from the statistics that the safety net watches over
+_FEWEST_FOR_NET = 4
 _LOOKED_AT = 16  # calibration sequences from which bits are chosen
 
 
@@ -93,6 +95,7 @@ def quantize_model(
                         if texts is None or options is None
                         else texts.solve(index, names, own, options)
                     )
+                    _tell(index, solved, recipe)
                     done = _by_module(names, solved, recipe)
                     if resume:
                         resume.save(index, *done)
@@ -175,6 +178,18 @@ def _by_module(
     return weights, layers
 
 
+def _tell(index: int, solved: Mapping[str, SolvedLayer], recipe: Recipe) -> None:
+    """What was not as asked for, in plain lines."""
+    if not distributed.is_main():
+        return
+    for role, layer in solved.items():
+        if layer.damping is not None and layer.damping > recipe.damping:
+            say(f"block {index} {role}: a Hessian was not positive definite; damping raised to {layer.damping:g}")
+        if layer.fallback_heads:
+            heads = ", ".join(map(str, layer.fallback_heads))
+            say(f"block {index} {role}: GPTQ's codes for head {heads}, which does better on held-out text")
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
@@ -190,6 +205,7 @@ def _layer_report(recipe: Recipe, layer: SolvedLayer) -> dict[str, Any]:
         "relative_loss": layer.relative_loss,
         "output_error": layer.output_error,
         "damping": layer.damping,
+        "fallback_heads": layer.fallback_heads,
         "seconds": round(layer.seconds, 3),
     }
 
@@ -235,13 +251,17 @@ class _Texts:
             problem = f"{sequences.shape[0]} calibration sequences, in batches of {_BATCH}, do not occupy "
             fix = "Start fewer processes, or use more calibration sequences"
             raise UsageError(f"{problem}{distributed.world_size()} processes", where="torchrun", fix=fix)
-        self._text = Stream([keep(embed(batch)) for batch in batches[own]], keep)
+        places = list(range(len(batches)))[own]
+        detailed = _spread(len(batches), options.detailed_sequences)
+        places.sort(key=lambda place: place not in detailed)  # those that are looked at in detail first
+        self._detailed = len(detailed.intersection(places))
+        self._text = Stream([keep(embed(batches[place])) for place in places], keep)
         compares = options.deviation > 0 or options.residual > 0
-        self._reference = Stream(list(self._text.hidden), keep) if compares else None
+        self._reference = Stream(self._text.hidden[: self._detailed], keep) if compares else None
         self._token_weights = None
         if sequence_weights is not None:
-            rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1])
-            self._token_weights = list(rows.split(_BATCH))[own]
+            rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1]).split(_BATCH)
+            self._token_weights = [rows[place] for place in places]
         self._runner: BlockRunner | None = None
 
     def _open(self, index: int, names: LayerNames) -> BlockRunner:
@@ -267,13 +287,24 @@ class _Texts:
             residual=options.residual,
         )
         solved: dict[str, SolvedLayer] = {}
+        statistics: BlockStatistics | None = None
         with own_attention(self._source.model):
             for stage in stages(runner, options):
                 statistics, kept = collect(
-                    runner, self._source.spec, stage, self._text, self._reference, wanted, self._token_weights
+                    runner,
+                    self._source.spec,
+                    stage,
+                    self._text,
+                    self._reference,
+                    wanted,
+                    self._token_weights,
+                    self._seen(stage, options),
+                    self._detailed,
+                    statistics,
                 )
+                held_out = self._held_out(stage, options, wanted)
                 weights = {role: runner.original(role) for role in stage}
-                solved |= solve_stage(self._source.spec, weights, runner.original("o"), statistics, settings, options)
+                solved |= solve_stage(self._source.spec, weights, statistics, settings, options, held_out)
                 for role in stage:
                     runner.settle(role, solved[role].weight.dequantize())
                 for role, inputs in kept.items():
@@ -282,6 +313,30 @@ class _Texts:
                         inputs[batch] = self._text.keep(runner.output(role, x))
                     self._text.outputs[role] = inputs
         return solved
+
+    def _unseen(self, stage: tuple[str, ...], options: Options) -> range:
+        """The batches that a stage's statistics are not taken of, for the safety net; they are the last."""
+        count = len(self._text.hidden)
+        if not options.safety_net or not {"q", "k", "v"} & set(stage):
+            return range(count, count)
+        if min(distributed.gather(count)) < _FEWEST_FOR_NET:
+            return range(count, count)
+        return range(count - max(1, self._detailed // _HELD_OUT), count)
+
+    def _seen(self, stage: tuple[str, ...], options: Options) -> range:
+        return range(self._unseen(stage, options).start)
+
+    def _held_out(self, stage: tuple[str, ...], options: Options, wanted: Wanted) -> BlockStatistics | None:
+        """Statistics of the batches that were kept from those of the stage, or None."""
+        unseen = self._unseen(stage, options)
+        if not unseen:
+            return None
+        assert self._runner is not None
+        reference = self._reference if "down" in stage else None  # which has to follow where the whole block is run
+        statistics, _ = collect(
+            self._runner, self._source.spec, stage, self._text, reference, wanted, self._token_weights, unseen
+        )
+        return statistics
 
     def errors(self, index: int, names: LayerNames, settings: Settings) -> Errors:
         """Predicted errors of block `index` by role and bits; then on to the next block, all at full precision."""
@@ -321,6 +376,12 @@ class _Texts:
                     assert hidden is not None
                     self._reference.following.append(self._reference.keep(hidden))
         self.advance()
+
+
+def _spread(count: int, sequences: int | None) -> set[int]:
+    """So many of `count` batches, evenly spaced, as hold that many sequences; all of them where None."""
+    wanted = count if sequences is None else min(count, -(-sequences // _BATCH))
+    return {round(place) for place in torch.linspace(0, count - 1, wanted).tolist()}
 
 
 def stages(runner: BlockRunner, options: Options) -> list[tuple[str, ...]]:

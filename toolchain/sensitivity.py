@@ -167,8 +167,8 @@ def _importance(
         moments = statistics.rows[role].diagonal(dim1=-2, dim2=-1)
         return moments * (spec.attention_scale**2 / sampled)
     if role == "v":
-        output = runner.original("o").view(-1, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
-        return output.square().sum((0, 2))
+        assert statistics.value_rows is not None
+        return statistics.value_rows.diagonal(dim1=-2, dim2=-1)
     if role in slopes:
         return (runner.original("down").square().sum(0) * slopes[role])[None]
     weight = runner.original(role)
@@ -185,7 +185,7 @@ def _solved_errors(
         columns: [1 or n, columns, columns].
         importance: [n, rows].
     """
-    units, rows, width = stack.shape
+    units, rows, _ = stack.shape
     count = min(rows, max(1, _ROWS // units))
     chosen = torch.linspace(0, rows - 1, count, device=stack.device).round().to(torch.int64)
     part, weights = stack[:, chosen].contiguous(), importance[:, chosen] * (rows / count)
@@ -193,8 +193,7 @@ def _solved_errors(
     for bits in SUPPORTED_BITS:
         grid = find_grid(part, replace(fmt, bits=bits), "hessian", columns)
         codes = gptq.solve(part, factor.upper, grid)
-        scales, zeros = grid.expand(width)
-        loss = losses((codes - zeros) * scales - part, columns, None)
+        loss = losses(grid.values(codes) - part, columns, None)
         errors[bits] = float((loss * weights).sum(dtype=torch.float64))
     return errors
 

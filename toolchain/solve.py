@@ -21,6 +21,9 @@ from toolchain.solvers.refine import descend, losses, refit_scales
 from toolchain.statistics.block import BlockStatistics
 from toolchain.statistics.rope import position_mean
 
+# How many times further the two-sided solution may move a head's weights than the one-sided one does.
+_FURTHEST = 2.0
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -50,6 +53,7 @@ class SolvedLayer:
         relative_loss: the same, relative to that of the weight itself.
         output_error: |D X|^2 / |W X|^2 of the distance from the original weight: the same metric for every method.
         damping: the largest relative damping that was needed.
+        fallback_heads: heads that the safety net has given GPTQ's codes; None where it had nothing to decide.
     """
 
     weight: QuantizedWeight
@@ -58,6 +62,7 @@ class SolvedLayer:
     output_error: float | None
     damping: float | None
     seconds: float
+    fallback_heads: list[int] | None = None
 
 
 def round_stage(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, SolvedLayer]:
@@ -75,25 +80,25 @@ def round_stage(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, 
 def solve_stage(
     spec: DecoderSpec,
     weights: Mapping[str, Tensor],
-    output_weight: Tensor,
     statistics: BlockStatistics,
     settings: Settings,
     options: Options,
+    held_out: BlockStatistics | None = None,
 ) -> dict[str, SolvedLayer]:
     """Codes of the projections of one stage.
 
     Args:
         weights: original weights [out, in] by role.
-        output_weight: the original weight of `o`, [hidden, heads * head_dim].
+        held_out: the same statistics of text that `statistics` has not seen, for the safety net; None for no net.
     """
     factors = _Factors(settings.damping, options.activation_order)
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
     if options.attention_rows != "none":
-        rows, columns = _attention_hessians(spec, output_weight, statistics)
+        rows, columns = _attention_hessians(spec, statistics)
+    unseen = None if held_out is None else _attention_hessians(spec, held_out)
     if options.attention_rows == "aespa":
         rows.pop("v", None)
-    rows |= statistics.rows
     solved = {}
     for turn, (role, weight) in enumerate(weights.items()):
         start = time.monotonic()
@@ -104,11 +109,19 @@ def solve_stage(
         units = column_hessian.shape[0] if row_hessian is None else row_hessian.shape[0]
         stack = target.view(units, -1, weight.shape[1])
         solution = _solve_together(stack, column_hessian, row_hessian, settings.of(role), options, factors, turn)
+        fallback: list[int] | None = None
+        if held_out is not None and unseen is not None and row_hessian is not None:
+            plain = _solve_together(stack, inputs, None, settings.of(role), options, factors, turn)
+            unseen_columns = unseen[1].get(role, held_out.inputs[role].unsqueeze(0))
+            solution, fallback = _safer(stack, solution, plain, unseen_columns, unseen[0][role])
+            if fallback:
+                distance = losses(solution.grid.values(solution.codes) - stack, column_hessian, row_hessian)
+                solution = replace(solution, loss=float(distance.sum(dtype=torch.float64)))
         quantized = solution.grid.quantized(solution.codes)
         size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
-        plain = (quantized.dequantize() - weight)[None]
+        change = (quantized.dequantize() - weight)[None]
         output_size = float(losses(weight[None], inputs, None).sum(dtype=torch.float64))
-        output_error = float(losses(plain, inputs, None).sum(dtype=torch.float64))
+        output_error = float(losses(change, inputs, None).sum(dtype=torch.float64))
         solved[role] = SolvedLayer(
             weight=quantized,
             loss=solution.loss,
@@ -116,8 +129,35 @@ def solve_stage(
             output_error=output_error / output_size if output_size else None,
             damping=solution.damping,
             seconds=time.monotonic() - start,
+            fallback_heads=fallback,
         )
     return solved
+
+
+def _safer(
+    target: Tensor, solution: _Solution, plain: _Solution, columns: Tensor, rows: Tensor
+) -> tuple[_Solution, list[int]]:
+    """`solution`, but for heads where `plain` does better on unseen statistics, or leaves the weights far less moved.
+
+    Args:
+        target: [n, rows, columns].
+        columns, rows: Hessians [1 or n, columns, columns] and [n, rows, rows] of text that was not solved on.
+    Returns: what is left, and the heads that fell back.
+    """
+    changes = [one.grid.values(one.codes) - target for one in (solution, plain)]
+    unseen = [losses(change, columns, rows)[:, 0] for change in changes]
+    moved = [change.square().sum((1, 2)) for change in changes]
+    falls = (unseen[0] > unseen[1]) | (moved[0] > _FURTHEST**2 * moved[1]) | ~torch.isfinite(unseen[0])
+    heads: list[int] = falls.nonzero()[:, 0].tolist()
+    if not heads:
+        return solution, heads
+    pick = falls[:, None, None]
+    grid = Grid(
+        torch.where(pick, plain.grid.scales, solution.grid.scales),
+        torch.where(pick, plain.grid.zeros, solution.grid.zeros),
+        solution.grid.format,
+    )
+    return replace(solution, codes=torch.where(pick, plain.codes, solution.codes), grid=grid), heads
 
 
 class _Factors:
@@ -136,42 +176,38 @@ class _Factors:
         return self._known[key][1]
 
 
-def _attention_hessians(
-    spec: DecoderSpec, output_weight: Tensor, statistics: BlockStatistics
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Row Hessians [n, hd, hd], and the column Hessians that differ from E[x x^T], by role (BoA, Table 1)."""
+def _attention_hessians(spec: DecoderSpec, statistics: BlockStatistics) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Row Hessians [n, hd, hd], and the column Hessians that differ from E[x x^T], by role.
+
+    BoA's Table 1 for what was not collected as a row Hessian.
+    """
     group = spec.heads // spec.kv_heads
     hd = spec.head_dim
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
     turn = spec.attention[statistics.layer]
     inv_freq = torch.tensor(turn.rope_inv_freq, dtype=torch.float64)
-    if "q" in statistics.inputs:
-        assert statistics.keys is not None
+    if statistics.keys is not None:
         keys = position_mean(statistics.keys, inv_freq, statistics.positions, turn.rope_scaling)
         rows["q"] = keys.repeat_interleave(group, 0)
-    if "k" in statistics.inputs:
-        assert statistics.queries is not None
+    if statistics.queries is not None:
         grouped = statistics.queries.view(spec.kv_heads, group, hd, hd).mean(1)
         rows["k"] = position_mean(grouped, inv_freq, statistics.positions, turn.rope_scaling)
     for role, norm in statistics.head_norms.items():
         rows[role] = norm.mean(rows[role])
-    if "v" in statistics.inputs:
-        assert statistics.values is not None
-        output = output_weight.view(-1, spec.kv_heads, group, hd)
-        rows["v"] = torch.einsum("dghi,dghj->gij", output, output)
-        columns["v"] = statistics.values
-    return rows, columns
+    if statistics.values is not None:
+        assert statistics.value_rows is not None
+        rows["v"], columns["v"] = statistics.value_rows, statistics.values
+    return rows | statistics.rows, columns
 
 
 def _target(weight: Tensor, statistics: BlockStatistics, role: str, factor: InverseFactor, strength: float) -> Tensor:
-    """What the codes are to stand for: W + strength (T - W H) H^-1, T = 2 E[y x^T], the least-squares answer to inputs
+    """What the codes are to stand for: W + strength E[(y - W x) x^T] E[x x^T]^-1, the least-squares answer to inputs
     that have deviated (GPTAQ, arXiv 2504.02692; written here as a change of the target, so that any solver can follow).
     """
-    if not strength or role not in statistics.targets:
+    if not strength or role not in statistics.lacking:
         return weight
-    lacking = statistics.targets[role] - weight @ statistics.inputs[role]
-    return weight + strength * factor.solve(lacking[None])[0]
+    return weight + strength * factor.solve(statistics.lacking[role][None])[0]
 
 
 @dataclass(frozen=True)
@@ -237,8 +273,7 @@ def _solve(
         return column_factor.put_back(codes, 2)
 
     def loss(codes: Tensor, grid: Grid) -> Tensor:
-        scales, zeros = grid.expand(target.shape[-1])
-        return losses((codes - zeros) * scales - target, columns, rows)
+        return losses(grid.values(codes) - target, columns, rows)
 
     def regrid(part: Tensor) -> Grid:
         return find_grid(part, settings.format, settings.search, columns)

@@ -58,20 +58,24 @@ class Made:
     Attributes:
         weights: every changed parameter by name, as it takes part in the forward pass.
         on_grid: what is stored, where that is not the weight itself; its grid is checked instead.
+        seconds: wall time.
+        cpu_seconds: computed in that time, on all cores together.
         notes: what a reader of the table must know.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     on_grid: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Adds the block's wall time to `seconds`."""
-        start = time.monotonic()
+        """Adds the block's wall time to `seconds`, and what this process computed in it, on all cores, to the other."""
+        start, computed = time.monotonic(), time.process_time()
         yield
         self.seconds += time.monotonic() - start
+        self.cpu_seconds += time.process_time() - computed
 
 
 def main(
@@ -119,6 +123,7 @@ def write(job: Job, made: Made, versions: Mapping[str, str]) -> None:
     save_file(tensors, job.out / WEIGHTS_FILE)
     summary = {
         "seconds": round(made.seconds, 2),
+        "cpu_seconds": round(made.cpu_seconds, 2),
         "peak_mb": round(peak_bytes() / 1e6),
         "version": f"{package} {version}",
         "versions": dict(versions),

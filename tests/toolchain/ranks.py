@@ -52,12 +52,13 @@ def statistics(dtype: torch.dtype) -> dict[str, Tensor]:
         )
         wanted = Wanted(attention=True, gauss_newton=True)
         found, _ = collect(runner, spec, tuple(runner.parts), text, reference, wanted, list(weights.split(2))[own])
-        for kind in ("inputs", "targets", "rows"):
+        for kind in ("inputs", "lacking", "rows"):
             result |= {f"{kind}.{role}": tensor.clone() for role, tensor in getattr(found, kind).items()}
         assert found.keys is not None
         assert found.queries is not None
         assert found.values is not None
-        result |= {"keys": found.keys, "queries": found.queries, "values": found.values}
+        assert found.value_rows is not None
+        result |= {"keys": found.keys, "queries": found.queries, "values": found.values, "value_rows": found.value_rows}
         result |= {f"norm.{role}": norm.mean(result[f"rows.{role}"]) for role, norm in found.head_norms.items()}
     return result
 

@@ -46,7 +46,7 @@ def test_two_ranks_collect_the_same_statistics_and_fail_with_one_message(
         assert (tmp_path / f"found-{dtype}").exists(), done.stderr
         together, alone = load_file(tmp_path / f"found-{dtype}"), statistics(dtype)
         assert together.keys() == alone.keys()
-        assert len(alone) == 7 + 7 + 2 + 3 + 2
+        assert len(alone) == 7 + 7 + 2 + 4 + 2
         for name, expected in alone.items():
             difference = float((together[name] - expected).norm() / expected.norm())
             assert difference < accuracy, (name, dtype, difference)

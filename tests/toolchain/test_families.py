@@ -182,7 +182,7 @@ def test_a_block_run_in_stages_puts_out_what_it_puts_out_at_once(
                 statistics, kept = collect(runner, block.spec, present, text, reference, wanted)
                 for role in present:
                     runner.settle(role, changed[role])
-                    assert statistics.targets[role].shape == runner.original(role).shape
+                    assert statistics.lacking[role].shape == runner.original(role).shape
                 for role, inputs in kept.items():
                     text.outputs[role] = [runner.output(role, x) for x in inputs]
             staged = [runner.run(text, batch, final=True).hidden for batch in range(2)]
@@ -226,14 +226,24 @@ def test_the_statistics_are_those_of_the_block_itself(
         assert float(seen.weights[:, :, -1, 0].amin()) > 0.0
     assert torch.allclose(statistics.queries, 2 * torch.einsum("bhli,bhlj->hij", seen.query, seen.query) / tokens)
     assert torch.allclose(statistics.keys, 2 * torch.einsum("bhli,bhlj->hij", seen.key, seen.key) / tokens)
+    # Both factors of the value Hessian are partial traces of the exact one, cross-head terms included.
     output = runner.original("o").view(-1, spec.kv_heads, group, hd)
-    shares = output.square().sum((0, 3))
+    overlap = torch.einsum("dghi,dgki->ghk", output, output)
     mixed = (seen.weights @ seen.x[:, None]).unflatten(1, (spec.kv_heads, group))
-    moments = 2 * torch.einsum("bghli,bghlj->ghij", mixed, mixed) / tokens
-    expected = torch.einsum("gh,ghij->gij", shares / shares.sum(1, keepdim=True), moments)
-    assert torch.allclose(statistics.values, expected, atol=1e-9)
+    moments = 2 * torch.einsum("bghli,bgklj->ghkij", mixed, mixed) / tokens
+    over_rows = torch.einsum("ghk,ghkij->gij", overlap, moments)
+    over_columns = torch.einsum("dghi,ghk,dgkj->gij", output, moments.diagonal(dim1=3, dim2=4).sum(-1), output)
+    whole = over_rows.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None]
+    assert torch.allclose(
+        statistics.values * group, over_rows / overlap.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    )
+    assert torch.allclose(
+        statistics.value_rows, over_columns * overlap.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] / whole
+    )
+    traces = [each.diagonal(dim1=1, dim2=2).sum(-1) for each in (statistics.values, statistics.value_rows)]
+    assert torch.allclose(traces[0] * traces[1], whole[:, 0, 0])
 
-    rows, _ = _attention_hessians(spec, runner.original("o"), statistics)
+    rows, _ = _attention_hessians(spec, statistics)
     partners = {
         "q": statistics.keys.repeat_interleave(group, 0),
         "k": statistics.queries.unflatten(0, (spec.kv_heads, group)).mean(1),
@@ -330,14 +340,14 @@ def test_the_residual_is_made_up_for_only_where_it_is_plain(source: Callable[[st
             assert block.spec.residual_is_plain == plain
             runner, generator = block.runner(), torch.Generator().manual_seed(3)
             moved = block.hidden + 0.1 * torch.randn(block.hidden.shape, generator=generator, dtype=torch.float64)
-            targets = []
+            lacking = []
             for residual in (0.0, 1.0):
                 text, reference = Stream([moved]), Stream([block.hidden])
                 wanted = Wanted(attention=False, residual=residual)
                 with own_attention(block.source.model):
                     statistics, _ = collect(runner, block.spec, ("o",), text, reference, wanted)
-                targets.append(statistics.targets["o"])
-        assert torch.equal(*targets) != plain
+                lacking.append(statistics.lacking["o"])
+        assert torch.equal(*lacking) != plain
 
 
 OBSTACLES = {

@@ -60,11 +60,11 @@ def test_query_key_and_value_statistics_equal_attention_written_out(block) -> No
     assert torch.allclose(statistics.queries, 2 * torch.einsum("bhli,bhlj->hij", q, q) / tokens, atol=1e-9)
     assert torch.allclose(statistics.keys, 2 * torch.einsum("bhli,bhlj->hij", k, k) / tokens, atol=1e-9)
     group = spec.heads // spec.kv_heads
-    per_head = attention.weights["o"].square().view(-1, spec.kv_heads, group, spec.head_dim).sum((0, 3))
-    weights = per_head / per_head.mean(1, keepdim=True)
-    mixed = a @ x[:, None]
-    per_query = 2 * torch.einsum("bhli,bhlj->hij", mixed, mixed) / tokens
-    expected = torch.einsum("gh,ghij->gij", weights / group, per_query.view(spec.kv_heads, group, *per_query.shape[1:]))
+    output = attention.weights["o"].view(-1, spec.kv_heads, group, spec.head_dim)
+    overlap = torch.einsum("dghi,dgki->ghk", output, output)
+    overlap = overlap / overlap.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    mixed = (a @ x[:, None]).unflatten(1, (spec.kv_heads, group))
+    expected = 2 / group * torch.einsum("ghk,bghli,bgklj->gij", overlap, mixed, mixed) / tokens
     assert torch.allclose(statistics.values, expected, atol=1e-9)
     assert statistics.positions == LENGTH
     hd, d = spec.head_dim, spec.hidden_size
@@ -177,7 +177,7 @@ def test_running_a_block_leaves_it_as_it_was(tiny_model: Path) -> None:
 
 
 def test_targets_are_what_the_original_puts_out_for_the_changed_inputs(tiny_model: Path) -> None:
-    """W + (T - W H) H^-1 is the least-squares map from the changed inputs to the original outputs."""
+    """W + E[(y - W x) x^T] H^-1 is the least-squares map from the changed inputs to the original outputs."""
     source = load_source(str(tiny_model))
     source.model.double()
     generator = torch.Generator().manual_seed(7)
@@ -197,7 +197,7 @@ def test_targets_are_what_the_original_puts_out_for_the_changed_inputs(tiny_mode
         y = torch.cat([taps.outputs[role] for taps in seen[4:]]).flatten(0, 1)
         weight, hessian = runner.original(role), statistics.inputs[role]
         ridge = 1e-9 * torch.eye(hessian.shape[0], dtype=torch.float64) * hessian.diagonal().mean()
-        fitted = weight + (statistics.targets[role] - weight @ hessian) @ torch.linalg.inv(hessian + ridge)
+        fitted = weight + statistics.lacking[role] @ torch.linalg.inv(hessian + ridge)
         expected = torch.linalg.lstsq(x, y).solution.mT
         assert torch.allclose(fitted, expected, atol=1e-4)
 

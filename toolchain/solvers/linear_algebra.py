@@ -16,7 +16,8 @@ class InverseFactor:
 
     Attributes:
         upper: [n, d, d].
-        damping: the relative damping that was used; above the one asked for where H was not positive definite.
+        damping: the largest relative damping that was used; above the one asked for where an H was not positive
+            definite, and for that H alone.
         order: int64 [n, d], the order P in which the variables are taken; None for their own.
     """
 
@@ -60,13 +61,15 @@ def inverse_factor(hessian: Tensor, damping: float, *, ordered: bool = False) ->
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     dead = torch.where(diagonal <= 0, mean, torch.zeros_like(mean))
+    upper = torch.empty_like(H)
+    left = torch.arange(H.shape[0], device=H.device)  # matrices that no step has mended yet
     for step in _LADDER:
-        shift = dead + damping * step * mean
-        lower, failed = torch.linalg.cholesky_ex(H + torch.diag_embed(shift))
-        if not bool(failed.any()):
-            inverse = torch.cholesky_inverse(lower)
-            # The inverse of a positive definite matrix is one too, up to the rounding that made it unsymmetric.
-            upper, failed = torch.linalg.cholesky_ex((inverse + inverse.mT) / 2, upper=True)
-            if not bool(failed.any()):
-                return InverseFactor(upper.to(hessian.dtype), damping * step, order)
+        shift = dead[left] + damping * step * mean[left]
+        lower, failed = torch.linalg.cholesky_ex(H[left] + torch.diag_embed(shift))
+        inverse = torch.cholesky_inverse(lower)
+        # The inverse of a positive definite matrix is one too, up to the rounding that made it unsymmetric.
+        upper[left], failed_again = torch.linalg.cholesky_ex((inverse + inverse.mT) / 2, upper=True)
+        left = left[(failed > 0) | (failed_again > 0)]
+        if left.numel() == 0:
+            return InverseFactor(upper.to(hessian.dtype), damping * step, order)
     raise ArithmeticError(f"a Hessian is not positive definite even with damping {damping * _LADDER[-1]}")

@@ -21,6 +21,7 @@ from toolchain.statistics.gauss_newton import GaussNewtonRows
 
 ATTENTION = "boa_edge"
 _BLOCK = 128
+_OVERLAP_POSITIONS = 32  # of each sequence, from which the overlap of heads is estimated
 
 
 class Stop(Exception):  # noqa: N818  not an error: ends a forward pass that has shown what was wanted
@@ -103,9 +104,13 @@ class AttentionRecorder:
 
     Args:
         groups, head_dim, width: key-value heads, size of a head, and the width of the block's input.
-        head_weights: [heads], how much each query head counts in its group's value Hessian, mean 1 in a group.
+        like: of whose dtype and device the sums are.
+        heads: query heads, the first numbers of them reading the first key-value head.
+        output_overlap: M [groups, g, g], tr(W_O,h^T W_O,h') of the query heads that share a key-value head, mean 1 on
+            the diagonal; None where heads are to count alike and each for itself.
         logits: collect 2 E[q q^T] and 2 E[k k^T] after RoPE.
-        values: collect, per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads.
+        values: collect, per key-value head, 2/g sum_hh' M_hh' E[(X A_h^T)(X A_h'^T)^T], and the overlap of what its
+            query heads read, E[(X A_h^T)^T (X A_h'^T)].
         stops: end the pass once attention has been seen.
         gauss_newton: also shown every sequence.
     """
@@ -115,7 +120,9 @@ class AttentionRecorder:
         groups: int,
         head_dim: int,
         width: int,
-        head_weights: Tensor,
+        heads: int,
+        like: Tensor,
+        output_overlap: Tensor | None,
         *,
         logits: bool,
         values: bool,
@@ -123,11 +130,12 @@ class AttentionRecorder:
         gauss_newton: GaussNewtonRows | None = None,
     ) -> None:
         self.logits, self.stops, self.gauss_newton = logits, stops, gauss_newton
-        self._root_weights = head_weights.sqrt()[:, None, None]
-        new = head_weights.new_zeros
+        self._mixing = None if output_overlap is None else _root(output_overlap)
+        new = like.new_zeros
         self.keys = new(groups, head_dim, head_dim)
-        self.queries = new(head_weights.shape[0], head_dim, head_dim)
+        self.queries = new(heads, head_dim, head_dim)
         self.values = new(groups, width, width) if values else None
+        self.overlap = new(groups, heads // groups, heads // groups) if values else None
         self.x: Tensor | None = None
         self.token_weights: Tensor | None = None
         self.weight = 0.0
@@ -164,16 +172,25 @@ class AttentionRecorder:
         return output
 
     def _add_values(self, weights: Tensor, root: Tensor | None) -> None:
-        """Per key-value head: the sum over its query heads of A_h^T A_h, between X^T and X; weights are overwritten."""
+        """Per key-value head: sum over its query heads of M_hh' A_h^T A_h', between X^T and X; weights are overwritten.
+
+        With B_j = sum_h L_jh A_h and M = L^T L that is the sum of B_j^T B_j.
+        """
         assert self.x is not None
         assert self.values is not None
+        assert self.overlap is not None
         batch, heads, length, _ = weights.shape
         groups = self.values.shape[0]
-        weights *= self._root_weights
         if root is not None:
             weights *= root[:, None, :, None]
-        # A_h is lower triangular and both products are symmetric: blocks that are zero or known are left out.
         stacked = weights.view(batch, groups, heads // groups, length, length)
+        looked_at = torch.linspace(0, length - 1, min(_OVERLAP_POSITIONS, length)).round().to(torch.int64)
+        read = stacked.index_select(3, looked_at.to(weights.device)).flatten(2, 3) @ self.x[:, None]
+        read = read.unflatten(2, (heads // groups, -1)).flatten(3)
+        self.overlap += (read @ read.mT).sum(0)
+        if self._mixing is not None:
+            stacked = torch.einsum("gjh,bghlm->bgjlm", self._mixing, stacked)
+        # B_j is lower triangular and both products are symmetric: blocks that are zero or known are left out.
         mixing = weights.new_empty(groups, length, length)
         parts = panels(self.values.shape[-1])
         for sequence in range(batch):
@@ -191,7 +208,7 @@ class AttentionRecorder:
 
     def reduce(self) -> None:
         """On to what all ranks have accumulated."""
-        distributed.add_up(self.keys, self.queries, self.values)
+        distributed.add_up(self.keys, self.queries, self.values, self.overlap)
         self.weight = distributed.total(self.weight)
         if self.gauss_newton is not None:
             self.gauss_newton.reduce()
@@ -201,3 +218,9 @@ class AttentionRecorder:
         if self.values is None:
             return None
         return mirrored(self.values)
+
+
+def _root(overlap: Tensor) -> Tensor:
+    """L with L^T L = M, of Gram matrices M [n, g, g]."""
+    values, vectors = torch.linalg.eigh(overlap.to(torch.float64))
+    return (values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT).to(overlap.dtype)

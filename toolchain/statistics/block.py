@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolchain import distributed
 from toolchain.block import BlockRunner, Stream
@@ -30,13 +30,19 @@ class BlockStatistics:
     """Statistics of the projections of one stage.
 
     Attributes:
-        inputs: column Hessians 2 E[x x^T] by role, [in, in]; roles that share an input share the tensor.
-        targets: 2 E[y x^T] by role, [out, in], y what the projection should put out for its input x: what it puts out
-            in the full-precision model (and, where asked for, what the residual stream lacks); empty without reference.
+        inputs: column Hessians 2 E[x x^T] by role, [in, in]; roles that share an input share the tensor, and are there
+            even where they belong to another stage.
+        lacking: 2 E[(y - W x) x^T] by role, [out, in], y what the projection should put out for its input x: what it
+            puts out in the full-precision model (and, where asked for, what the residual stream lacks); taken over the
+            text that has a reference, empty without.
         keys: 2 E[k k^T] after RoPE, [kv_heads, hd, hd]; None where not collected.
         queries: 2 E[q q^T] after RoPE, [heads, hd, hd]; None where not collected.
-        values: per key-value head, 2 E[(X A_h^T)(X A_h^T)^T] averaged over its query heads with weights |W_O,h|^2,
-            [kv_heads, in, in]; None where not collected.
+        values: per key-value head, 2/g sum_hh' M_hh' E[(X A_h^T)(X A_h'^T)^T] over its g query heads, cross-head terms
+            included, with the overlap M_hh' ~ tr(W_O,h^T W_O,h') of mean diagonal 1, [kv_heads, in, in]; None where
+            not collected.
+        value_rows: row Hessians of v, sum_hh' t_hh' W_O,h^T W_O,h' with t_hh' ~ E[(X A_h^T)^T (X A_h'^T)],
+            [kv_heads, hd, hd]. Both factors are partial traces of the exact Hessian, a sum of Kronecker products, and
+            their product is scaled to its trace.
         positions: sequence length, over which the RoPE mean is taken.
         rows: row Hessians by role that were collected as such, [units, rows, rows].
         layer: which block of the model it is.
@@ -44,10 +50,11 @@ class BlockStatistics:
     """
 
     inputs: dict[str, Tensor]
-    targets: dict[str, Tensor] = field(default_factory=dict)
+    lacking: dict[str, Tensor] = field(default_factory=dict)
     keys: Tensor | None = None
     queries: Tensor | None = None
     values: Tensor | None = None
+    value_rows: Tensor | None = None
     positions: int = 0
     rows: dict[str, Tensor] = field(default_factory=dict)
     layer: int = 0
@@ -61,7 +68,7 @@ class Wanted:
     Attributes:
         attention: the statistics of two-sided Hessians of q, k and v.
         gauss_newton: for q and k those that see the softmax.
-        plain_heads: query heads count alike in the column Hessian of v, whatever W_O makes of them.
+        plain_heads: query heads count alike and each for itself in the column Hessian of v, whatever W_O makes of them.
         residual: how much of the residual stream's deviation `o` and `down` are to make up for; nothing where a norm
             stands between them and the stream.
     """
@@ -80,64 +87,79 @@ def collect(
     reference: Stream | None,
     wanted: Wanted,
     token_weights: list[Tensor] | None = None,
+    batches: range | None = None,
+    detailed: int | None = None,
+    known: BlockStatistics | None = None,
 ) -> tuple[BlockStatistics, dict[str, list[Tensor]]]:
     """Run the block on `text` as far as the projections of `stage` need, and on the full-precision `reference`.
 
     Args:
         stage: roles, in the order in which data flows; those before it are settled in `runner`.
-        reference: the same text as the full-precision model sees it; its outputs are kept in it as they become known.
+        reference: the same text, or its first batches, as the full-precision model sees it; its outputs are kept in it
+            as they become known.
         token_weights: [B, L] per batch, or None for all one.
+        batches: which of the text's to look at, in the order in which their outputs become known; None for all.
+        detailed: how many of the text's batches, the first, attention's statistics are taken of; None for all.
+        known: of an earlier stage of the block: what its projections share with these is not taken again.
     Returns:
         the statistics, and the inputs of a stage's only projection per batch, to compute its output from.
     """
-    groups = [tuple(role for role in shared if role in stage and role in runner.parts) for shared in _SHARED]
-    groups = [group for group in groups if group]
-    firsts = tuple(group[0] for group in groups)
+    batches = range(len(text.hidden)) if batches is None else batches
+    looked_at = range(len(text.hidden) if detailed is None else detailed)
+    present = [tuple(role for role in shared if role in runner.parts) for shared in _SHARED]
+    groups = [group for group in present if set(group) & set(stage)]
+    firsts = tuple(next(role for role in group if role in stage) for group in groups)
+    fresh = tuple(first for first in firsts if known is None or first not in known.inputs)
     weight = runner.original(firsts[0])
-    covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in firsts}
-    crosses = {first: _cross(runner, first, weight) for first in firsts} if reference is not None else {}
-    sizes = distributed.gather([hidden.shape[0] for hidden in text.hidden])
-    head_norms = _head_norms(runner, spec, stage, sum(map(len, sizes))) if wanted.attention else {}
+    covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in fresh}
+    crosses = {first: _cross(runner, first, weight) for first in fresh} if reference is not None else {}
+    head_norms = _head_norms(runner, spec, stage, batches, text) if wanted.attention else {}
     recorder = _recorder(runner, spec, stage, firsts, wanted, head_norms) if wanted.attention else None
+    if recorder is not None and recorder.gauss_newton is not None:
+        sizes = [text.hidden[batch].shape[0] for batch in batches if batch in looked_at]
+        recorder.gauss_newton.skip(sum(_before_own(sizes)), text.hidden[0].shape[1])
     residual = wanted.residual if spec.residual_is_plain else 0.0
-    _skip(sizes, text.hidden[0].shape[1], head_norms, recorder)
     keeps = stage in (("o",), ("down",))
     kept: list[Tensor] = []
-    for batch in range(len(text.hidden)):
+    for batch in batches:
         weights = None if token_weights is None else token_weights[batch]
-        if recorder is not None:
-            recorder.token_weights = weights
+        recording = recorder if batch in looked_at else None
+        if recording is not None:
+            recording.token_weights = weights
+        elif not fresh:
+            continue
         taps = runner.run(
             text,
             batch,
             final=True,
             inputs=firsts,
-            attention=_handler_maker(recorder, firsts[0]),
-            stop_before=None if recorder is not None and recorder.stops else firsts[-1],
+            attention=_handler_maker(recording, firsts[0]),
+            stop_before=None if recording is not None and recording.stops else firsts[-1],
         )
-        for first in firsts:
+        for first in fresh:
             covariances[first].add(taps.inputs[first], weights)
         for norm in head_norms.values():
             norm.add(taps.inputs[firsts[0]], weights)
         if keeps:
             kept.append(text.keep(taps.inputs[stage[0]]))
-        if reference is not None:
-            _compare(runner, text, reference, batch, firsts, taps.inputs, crosses, residual, weights)
+        if crosses and reference is not None and batch < len(reference.hidden):
+            _compare(runner, text, reference, batch, fresh, taps.inputs, crosses, residual, weights)
     for accumulated in (*covariances.values(), *crosses.values(), *head_norms.values(), recorder):
         if accumulated is not None:
             accumulated.reduce()
-    inputs: dict[str, Tensor] = {}
-    targets: dict[str, Tensor] = {}
-    for group in groups:
-        inputs |= dict.fromkeys(group, covariances[group[0]].hessian())
-        if reference is not None:
-            mean = crosses[group[0]].mean()
-            targets |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
+    inputs = {} if known is None else dict(known.inputs)
+    lacking = {} if known is None else dict(known.lacking)
+    for group in present:
+        for first in set(group) & set(fresh):
+            inputs |= dict.fromkeys(group, covariances[first].hessian())
+            if crosses and crosses[first].weight:
+                mean = crosses[first].mean()
+                lacking |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
     statistics = BlockStatistics(
-        inputs, targets, positions=text.hidden[0].shape[1], layer=runner.index, head_norms=head_norms
+        inputs, lacking, positions=text.hidden[0].shape[1], layer=runner.index, head_norms=head_norms
     )
     if recorder is not None:
-        statistics = recorder_statistics(statistics, recorder, spec)
+        statistics = recorder_statistics(statistics, recorder, spec, runner.original("o"))
     return statistics, {stage[0]: kept} if keeps else {}
 
 
@@ -146,30 +168,28 @@ def _cross(runner: BlockRunner, first: str, like: Tensor) -> CrossCovariance:
     return CrossCovariance(rows if first in _COMPARED_BY_OUTPUT else columns, columns, like)
 
 
-def _head_norms(runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], batches: int) -> dict[str, HeadNorm]:
+def _head_norms(
+    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], batches: range, text: Stream
+) -> dict[str, HeadNorm]:
     offset = 1.0 if spec.norm == "rms_offset" else 0.0
-    return {
+    sizes = [text.hidden[batch].shape[0] for batch in batches]
+    count = sum(distributed.gather(len(sizes)))
+    norms = {
         role: HeadNorm(
-            runner.original(role),
-            runner.bias(role),
-            module.get_parameter("weight").data + offset,
-            spec.norm_eps,
-            batches,
+            runner.original(role), runner.bias(role), module.get_parameter("weight").data + offset, spec.norm_eps, count
         )
         for role, module in runner.head_norms.items()
         if role in stage
     }
+    earlier = _before_own(sizes)
+    for norm in norms.values():
+        norm.skip([size * text.hidden[0].shape[1] for size in earlier])
+    return norms
 
 
-def _skip(
-    sizes: list[list[int]], length: int, head_norms: dict[str, HeadNorm], recorder: AttentionRecorder | None
-) -> None:
-    """Samples are drawn as one rank alone would draw them; sizes: sequences per batch, by rank."""
-    earlier = [size for own in sizes[: distributed.rank()] for size in own]
-    for norm in head_norms.values():
-        norm.skip([size * length for size in earlier])
-    if recorder is not None and recorder.gauss_newton is not None:
-        recorder.gauss_newton.skip(sum(earlier), length)
+def _before_own(sizes: list[int]) -> list[int]:
+    """The sizes of the batches of all ranks before this one: samples are drawn as one rank alone would draw them."""
+    return [size for own in distributed.gather(sizes)[: distributed.rank()] for size in own]
 
 
 def _recorder(
@@ -183,10 +203,6 @@ def _recorder(
     if firsts[0] not in ("q", "k", "v"):
         return None
     output = runner.original("o")
-    per_head = output.square().view(output.shape[0], spec.heads, spec.head_dim).sum((0, 2)).view(spec.kv_heads, -1)
-    head_weights = (per_head / per_head.mean(1, keepdim=True).clamp_min(1e-30)).reshape(-1)
-    if wanted.plain_heads:
-        head_weights = torch.ones_like(head_weights)
     logits = "q" in stage or "k" in stage
     gauss_newton = None
     if logits and wanted.gauss_newton:
@@ -199,7 +215,9 @@ def _recorder(
         spec.kv_heads,
         spec.head_dim,
         spec.hidden_size,
-        head_weights,
+        spec.heads,
+        output,
+        None if wanted.plain_heads else output_overlap(spec, output),
         logits=logits,
         values="v" in stage,
         stops=len(firsts) == 1,
@@ -207,17 +225,36 @@ def _recorder(
     )
 
 
-def recorder_statistics(known: BlockStatistics, recorder: AttentionRecorder, spec: DecoderSpec) -> BlockStatistics:
+def output_overlap(spec: DecoderSpec, output: Tensor) -> Tensor:
+    """tr(W_O,h^T W_O,h') of the query heads of each group, mean 1 on the diagonal: [kv_heads, g, g]."""
+    heads = output.view(output.shape[0], spec.kv_heads, -1, spec.head_dim).permute(1, 2, 0, 3).flatten(2)
+    overlap = heads @ heads.mT
+    return overlap / overlap.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
+
+
+def _value_rows(spec: DecoderSpec, output: Tensor, overlap: Tensor) -> Tensor:
+    """Row Hessians of v [kv_heads, hd, hd] from what the query heads of a group read in common, [kv_heads, g, g]."""
+    group = overlap.shape[1]
+    whole = (overlap * output_overlap(spec, output)).sum((1, 2))
+    overlap = overlap * (group / whole.clamp_min(1e-30))[:, None, None]
+    heads = output.view(output.shape[0], spec.kv_heads, group, spec.head_dim)
+    return torch.einsum("dghi,ghk,dgkj->gij", heads, overlap, heads)
+
+
+def recorder_statistics(
+    known: BlockStatistics, recorder: AttentionRecorder, spec: DecoderSpec, output: Tensor
+) -> BlockStatistics:
     """`known`, with what the recorder has seen."""
     factor = 2.0 / recorder.weight
     values = recorder.value_hessians()
     group = spec.heads // spec.kv_heads
     return BlockStatistics(
         inputs=known.inputs,
-        targets=known.targets,
+        lacking=known.lacking,
         keys=recorder.keys * factor if recorder.logits else None,
         queries=recorder.queries * factor if recorder.logits else None,
         values=values * (factor / group) if values is not None else None,
+        value_rows=None if recorder.overlap is None else _value_rows(spec, output, recorder.overlap),
         positions=known.positions,
         layer=known.layer,
         head_norms=known.head_norms,
@@ -251,7 +288,7 @@ def _compare(
     residual: float,
     weights: Tensor | None,
 ) -> None:
-    """Run the reference as far, and correlate it with the inputs of the text's projections."""
+    """Run the reference as far, and correlate what the text's projections lack against it with their inputs."""
     by_output = tuple(first for first in firsts if first in _COMPARED_BY_OUTPUT)
     by_input = tuple(first for first in firsts if first not in _COMPARED_BY_OUTPUT)
     taps = runner.run(
@@ -264,14 +301,13 @@ def _compare(
         stop_after="o" if by_output == ("o",) and firsts[-1] == "o" else None,
     )
     for first in by_input:
-        crosses[first].add(taps.inputs[first], inputs[first], weights)
+        crosses[first].add(taps.inputs[first] - inputs[first], inputs[first], weights)
     for first in by_output:
-        wanted = taps.outputs[first]
-        bias = runner.bias(first)
-        wanted = wanted if bias is None else wanted - bias
+        x = inputs[first]
+        wanted = taps.outputs[first] - nn.functional.linear(x, runner.original(first), runner.bias(first))
         if residual:
             wanted = wanted + residual * _lag(text, reference, batch, first).view_as(wanted)
-        crosses[first].add(wanted, inputs[first], weights)
+        crosses[first].add(wanted, x, weights)
     if "o" in by_output and firsts[-1] == "o":
         reference.outputs.setdefault("o", []).append(reference.keep(taps.outputs["o"]))
     if "down" in by_output:
