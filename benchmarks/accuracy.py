@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.ours import OURS, recipe_for
+from benchmarks.ours import OURS, Own, recipe_for
 from benchmarks.peers.harness import SUMMARY_FILE, WEIGHTS_FILE
 from benchmarks.peers.table import (
     NOT_RUN,
@@ -90,10 +90,16 @@ class Contender:
         return self.peer.refuses(wanted) if self.peer else None
 
 
+def own_contenders(table: Mapping[str, Own]) -> list[Contender]:
+    """This project's methods."""
+    return [Contender(OURS_PREFIX + variant, variant, None, own.calibrated) for variant, own in table.items()]
+
+
 def contenders() -> list[Contender]:
     """All methods, ours first."""
-    own = [Contender(OURS_PREFIX + variant, variant, None, own.calibrated) for variant, own in OURS.items()]
-    return own + [Contender(label, peer.variant, peer, peer.calibrated) for label, peer in PEERS.items()]
+    return own_contenders(OURS) + [
+        Contender(label, peer.variant, peer, peer.calibrated) for label, peer in PEERS.items()
+    ]
 
 
 def main() -> None:
@@ -102,7 +108,7 @@ def main() -> None:
     quiet_libraries()
     quiet_transformers()
     try:
-        outcomes = Benchmark(arguments).run()
+        outcomes = Benchmark(arguments, chosen(arguments.methods)).run(write_report)
     except BoaEdgeError as error:
         sys.exit(f"error: {error}")
     rows = sum(outcome.row is not None for outcome in outcomes)
@@ -132,11 +138,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 class Benchmark:
     """One request, on its way."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, methods: list[Contender]) -> None:
         self.arguments = arguments
         self.work: Path = arguments.work.absolute()
         self.seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        self.contenders = chosen(arguments.methods)
+        self.contenders = methods
         self.source = load_source(arguments.model)
         self.settings = [fitting(name, self.source) for name in arguments.settings.split(",")]
         self.model = self._export()
@@ -151,14 +157,14 @@ class Benchmark:
         self.own_version = own_version()
         self.own_source = own_source()
 
-    def run(self) -> list[Outcome]:
+    def run(self, write: Callable[[Path, list[Outcome], Protocol], None]) -> list[Outcome]:
         """Quantize, evaluate and write, setting by setting and seed by seed."""
         outcomes: list[Outcome] = []
         for setting in self.settings:
             for seed in self.seeds:
                 outcomes += self._group(setting, seed)
                 self.arguments.output.mkdir(parents=True, exist_ok=True)
-                write_report(self.arguments.output, outcomes, self._protocol())
+                write(self.arguments.output, outcomes, self._protocol())
         return outcomes
 
     def _group(self, setting: Setting, seed: int) -> list[Outcome]:

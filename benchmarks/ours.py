@@ -13,6 +13,7 @@ import torch
 from benchmarks.peers.harness import Job, Made, main
 from boa_edge.quiet import quiet_libraries, quiet_transformers
 from toolchain.loading import load_source
+from toolchain.methods import METHODS
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, WeightFormat, load_recipe
 from toolchain.run import quantize_model
 
@@ -34,9 +35,39 @@ OURS: dict[str, Own] = {
 }
 
 
+def _steps() -> dict[str, Own]:
+    """From BoA to `edge`, one addition after the other; the last step is `edge` itself."""
+    boa, edge = METHODS["boa"].options, METHODS["edge"].options
+    assert boa is not None
+    assert edge is not None
+    additions: list[tuple[str, dict[str, Any]]] = [
+        ("statistics again, inputs' deviation", {"recollect": True, "deviation": 0.5}),
+        ("residual stream's deviation", {"residual": 0.5}),
+        ("rows that see the softmax", {"attention_rows": "gauss_newton"}),
+        ("activation order", {"activation_order": True}),
+        ("scales refitted", {"refits": 3}),
+        ("descent on the codes", {"sweeps": 2}),
+        ("detail from a part of the text", {"detailed_sequences": edge.detailed_sequences}),
+        ("safety net", {"safety_net": True}),
+    ]
+    options = boa.model_dump()
+    steps = {}
+    for name, fields in additions:
+        options |= fields
+        steps[f"+ {name}"] = Own({"method": "edge", "solver": dict(options)})
+    if options != edge.model_dump():
+        raise AssertionError("the steps do not lead to edge")
+    return steps
+
+
+# Each as the one before it with one thing added.
+STEPS: dict[str, Own] = {**{name: OURS[name] for name in ("rtn", "gptq", "boa")}, **_steps()}
+_ALL = OURS | STEPS
+
+
 def recipe_for(variant: str, bits: int, group_size: int | None, symmetric: bool) -> Recipe:
     """The recipe of a variant at a format; the embedding stays in floating point, as with every peer."""
-    chosen = OURS[variant].recipe
+    chosen = _ALL[variant].recipe
     fields = load_recipe(DEFAULT_RECIPE).model_dump() if chosen is None else dict(chosen)
     weights = WeightFormat.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric})
     return Recipe.model_validate({**fields, "weights": weights.model_dump(), "embedding": None})
@@ -57,4 +88,4 @@ def make(job: Job) -> Made:
 
 
 if __name__ == "__main__":
-    main("boa-edge", make, tuple(OURS))
+    main("boa-edge", make, tuple(_ALL))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import accuracy
-from benchmarks.ours import OURS, make
+from benchmarks import ablation, accuracy
+from benchmarks.ours import OURS, STEPS, make
 from benchmarks.peers import table
 from benchmarks.peers.harness import GridError, Job, Made, check_error, check_grid, check_made, load_parameters, main
 from benchmarks.peers.table import EnvironmentMissingError, Format, Peer
@@ -40,7 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(command: list[str], place: Path, log: Path) -> None:
         seen.append(command[command.index("--variant") + 1])
         if "benchmarks.ours" in command:
-            main("boa-edge", make, tuple(OURS), command[command.index("benchmarks.ours") + 1 :])
+            main("boa-edge", make, tuple(OURS | STEPS), command[command.index("benchmarks.ours") + 1 :])
         else:
             run(command, place, log)
 
@@ -52,7 +52,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run(words: list[str]) -> tuple[list[dict[str, Any]], str]:
     """Rows and text of what a request writes."""
     arguments = accuracy.parse(words)
-    accuracy.Benchmark(arguments).run()
+    accuracy.Benchmark(arguments, accuracy.chosen(arguments.methods)).run(accuracy.write_report)
     rows = json.loads((arguments.output / "accuracy.json").read_text())
     return rows, (arguments.output / "accuracy.md").read_text()
 
@@ -189,3 +189,20 @@ def test_every_peer_has_its_script_and_a_word_for_every_default_setting() -> Non
         answers = [peer.refuses(Format(bits, group, flag)) for bits in (2, 4) for group in (None, 32) for flag in flags]
         assert None in answers
     assert table.last_error("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
+
+
+def test_the_ablation_goes_from_rounding_to_the_default_step_by_step(
+    request_words: list[str], counted: list[str]
+) -> None:
+    arguments = accuracy.parse([*request_words, "--settings", "w2asym"])
+    accuracy.Benchmark(arguments, accuracy.own_contenders(STEPS)).run(ablation.write)
+    assert counted == list(STEPS)
+    rows = json.loads((arguments.output / "ablation.json").read_text())
+    assert [row["method"].removeprefix("boa-edge ") for row in rows] == list(STEPS)
+    kls = {row["method"].removeprefix("boa-edge "): row["kl"] for row in rows}
+    assert kls[list(STEPS)[-1]] < kls["gptq"] < kls["rtn"]
+    assert {f"ablation.{suffix}" for suffix in ("json", "md", "svg", "png")} <= {
+        p.name for p in arguments.output.iterdir()
+    }
+    text = (arguments.output / "ablation.md").read_text()
+    assert all(f"| {name} | {kls[name]:.4f} |" in text for name in STEPS)

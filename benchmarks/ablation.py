@@ -1,0 +1,113 @@
+"""What each addition is worth: round to nearest, GPTQ, BoA, then one thing after the other up to `edge`.
+
+    python -m benchmarks.ablation --calibration valid.txt --text test.txt --settings w3asym -o docs/benchmarks
+
+Runs, resumes and evaluates as `benchmarks.accuracy` does, with which it shares results. Writes ablation.json,
+ablation.md and ablation.svg/.png: KL, and the time and memory of each step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.accuracy import OURS_PREFIX, Benchmark, own_contenders, parse
+from benchmarks.ours import STEPS
+from benchmarks.report import OURS_COLOURS, Outcome, Protocol
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import write_json, write_text
+from boa_edge.quiet import quiet_libraries, quiet_transformers
+
+_HEAD = "| step | KL (nats/token) | of the step before | seconds | CPU seconds | peak MB |\n|---|---|---|---|---|---|"
+
+
+def main() -> None:
+    """The command line of `benchmarks.accuracy`."""
+    arguments = parse(sys.argv[1:])
+    quiet_libraries()
+    quiet_transformers()
+    try:
+        outcomes = Benchmark(arguments, own_contenders(STEPS)).run(write)
+    except BoaEdgeError as error:
+        sys.exit(f"error: {error}")
+    rows = sum(outcome.row is not None for outcome in outcomes)
+    print(json.dumps({"rows": rows, "output": str(arguments.output)}, separators=(",", ":")))
+
+
+def write(output: Path, outcomes: list[Outcome], protocol: Protocol) -> None:
+    """All files, anew."""
+    write_json(output / "ablation.json", [outcome.row for outcome in outcomes if outcome.row])
+    settings = list(dict.fromkeys(outcome.setting for outcome in outcomes))
+    seeds = ", ".join(map(str, protocol.seeds))
+    parts = [
+        "# What each addition is worth",
+        f"{protocol.model}, calibrated on {protocol.calibration} (seeds {seeds}), evaluated on {protocol.text}; "
+        "embedding, head and norms in float32. From BoA on every step has all that stands above it. Seconds are of "
+        "quantization alone; CPU seconds add up all cores.",
+        "![KL, time and memory by step](ablation.svg)",
+    ]
+    for setting in settings:
+        lines = [_HEAD]
+        before: float | None = None
+        for name, rows in _by_step(setting, outcomes).items():
+            kl, seconds, cpu = (fmean(row[key] for row in rows) for key in ("kl", "seconds", "cpu_seconds"))
+            ratio = "" if before is None else f"{kl / before:.3f}"
+            peak = max(row["peak_mb"] for row in rows)
+            lines.append(f"| {name} | {kl:.4f} | {ratio} | {seconds:.0f} | {cpu:.0f} | {peak} |")
+            before = kl
+        parts += [f"## {setting}", "\n".join(lines)]
+    write_text(output / "ablation.md", "\n\n".join(parts) + f"\n\n{protocol.version}\n")
+    draw(output, settings, outcomes)
+
+
+def _by_step(setting: str, outcomes: list[Outcome]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for outcome in outcomes:
+        if outcome.setting == setting and outcome.row:
+            found.setdefault(outcome.method.removeprefix(OURS_PREFIX), []).append(outcome.row)
+    return found
+
+
+def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
+    """Three panels per setting, a bar per step: KL on a log axis, CPU seconds, peak memory."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tables = {setting: _by_step(setting, outcomes) for setting in settings}
+    tables = {setting: steps for setting, steps in tables.items() if steps}
+    if not tables:
+        return
+    panels = (("kl", "KL, nats per token (log)"), ("cpu_seconds", "CPU seconds"), ("peak_mb", "peak MB"))
+    counts = [len(steps) for steps in tables.values()]
+    figure, axes = plt.subplots(
+        len(tables),
+        len(panels),
+        figsize=(11, 0.36 * sum(counts) + 1.1 * len(counts)),
+        squeeze=False,
+        height_ratios=counts,
+        layout="constrained",
+    )
+    for line, (setting, steps) in zip(axes, tables.items(), strict=True):
+        for axis, (key, title) in zip(line, panels, strict=True):
+            values = [fmean(row[key] for row in rows) for rows in steps.values()]
+            axis.barh(range(len(values)), values, color=OURS_COLOURS[2], height=0.62, log=key == "kl")
+            for place, value in enumerate(values):
+                text = f"{value:.3g}" if key == "kl" else f"{value:.0f}"
+                axis.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axis.set_yticks(range(len(values)), list(steps) if axis is line[0] else [], fontsize=9)
+            axis.invert_yaxis()
+            axis.margins(x=0.22)
+            axis.set_title(f"{setting}: {title}" if axis is line[0] else title, loc="left", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+    for suffix in ("svg", "png"):
+        figure.savefig(output / f"ablation.{suffix}", dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
