@@ -34,6 +34,8 @@ OURS: dict[str, Own] = {
     "rtn": Own({"method": "rtn"}, calibrated=False),
 }
 
+_PARTS = ("attention_sequences", "compared_sequences")
+
 
 def _steps() -> dict[str, Own]:
     """From BoA to `edge`, one addition after the other; the last step is `edge` itself."""
@@ -47,7 +49,7 @@ def _steps() -> dict[str, Own]:
         ("activation order", {"activation_order": True}),
         ("scales refitted", {"refits": 3}),
         ("descent on the codes", {"sweeps": 2}),
-        ("detail from a part of the text", {"detailed_sequences": edge.detailed_sequences}),
+        ("costly statistics of a part of the text", {name: getattr(edge, name) for name in _PARTS}),
         ("safety net", {"safety_net": True}),
     ]
     options = boa.model_dump()

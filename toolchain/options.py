@@ -22,8 +22,9 @@ class Options(BaseModel):
         deviation: how much of the deviation of a projection's inputs, which the layers quantized before it have caused,
             its weights make up for: 0 nothing (GPTQ, BoA), 1 all that least squares can.
         residual: how much of the deviation of the residual stream `o` and `down` make up for as well; needs recollect.
-        detailed_sequences: of so many calibration sequences attention's statistics and the deviations are taken, which
-            cost most; null takes them of all. Every sequence counts in the column Hessians.
+        attention_sequences: of so many calibration sequences attention's statistics are taken; null: of all.
+        compared_sequences: so many run through the full-precision model too, to see the deviations; null: all. Column
+            Hessians are taken of every sequence.
         safety_net: a sixteenth of the text is kept from the statistics of q, k and v, and a head whose two-sided
             solution does worse on it than GPTQ's, or moves the weights twice as far, gets GPTQ's; needs rows `boa` or
             `gauss_newton`.
@@ -40,7 +41,8 @@ class Options(BaseModel):
     recollect: bool = False
     deviation: float = Field(default=0.0, ge=0, le=1)
     residual: float = Field(default=0.0, ge=0, le=1)
-    detailed_sequences: int | None = Field(default=None, ge=1)
+    attention_sequences: int | None = Field(default=None, ge=1)
+    compared_sequences: int | None = Field(default=None, ge=1)
     safety_net: bool = False
     refits: int = Field(default=0, ge=0, le=20)
     rounding_iterations: int = Field(default=0, ge=0, le=20000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,12 +252,16 @@ class _Texts:
             fix = "Start fewer processes, or use more calibration sequences"
             raise UsageError(f"{problem}{distributed.world_size()} processes", where="torchrun", fix=fix)
         places = list(range(len(batches)))[own]
-        detailed = _spread(len(batches), options.detailed_sequences)
-        places.sort(key=lambda place: place not in detailed)  # those that are looked at in detail first
-        self._detailed = len(detailed.intersection(places))
+        compared = _spread(range(len(batches)), options.compared_sequences)
+        recorded = _spread(compared, options.attention_sequences)
+        # Those that most is taken of come first.
+        places.sort(key=lambda place: (place not in recorded, place not in compared))
+        self._recorded = len(set(recorded).intersection(places))
         self._text = Stream([keep(embed(batches[place])) for place in places], keep)
         compares = options.deviation > 0 or options.residual > 0
-        self._reference = Stream(self._text.hidden[: self._detailed], keep) if compares else None
+        self._reference = (
+            Stream(self._text.hidden[: len(set(compared).intersection(places))], keep) if compares else None
+        )
         self._token_weights = None
         if sequence_weights is not None:
             rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1]).split(_BATCH)
@@ -299,7 +303,7 @@ class _Texts:
                     wanted,
                     self._token_weights,
                     self._seen(stage, options),
-                    self._detailed,
+                    self._recorded,
                     statistics,
                 )
                 held_out = self._held_out(stage, options, wanted)
@@ -321,7 +325,7 @@ class _Texts:
             return range(count, count)
         if min(distributed.gather(count)) < _FEWEST_FOR_NET:
             return range(count, count)
-        return range(count - max(1, self._detailed // _HELD_OUT), count)
+        return range(count - max(1, self._recorded // _HELD_OUT), count)
 
     def _seen(self, stage: tuple[str, ...], options: Options) -> range:
         return range(self._unseen(stage, options).start)
@@ -378,10 +382,10 @@ class _Texts:
         self.advance()
 
 
-def _spread(count: int, sequences: int | None) -> set[int]:
-    """So many of `count` batches, evenly spaced, as hold that many sequences; all of them where None."""
-    wanted = count if sequences is None else min(count, -(-sequences // _BATCH))
-    return {round(place) for place in torch.linspace(0, count - 1, wanted).tolist()}
+def _spread(batches: Sequence[int], sequences: int | None) -> list[int]:
+    """As many of the batches, evenly spaced, as hold that many sequences; all of them where None."""
+    wanted = len(batches) if sequences is None else min(len(batches), -(-sequences // _BATCH))
+    return [batches[round(place)] for place in torch.linspace(0, len(batches) - 1, wanted).tolist()]
 
 
 def stages(runner: BlockRunner, options: Options) -> list[tuple[str, ...]]:

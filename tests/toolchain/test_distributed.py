@@ -42,7 +42,7 @@ def test_two_ranks_collect_the_same_statistics_and_fail_with_one_message(
 ) -> None:
     arguments = ("quantize", tiny_model, "--recipe", recipe, "--calibration", text_file, "-o", tmp_path / "out")
     done = torchrun(ROOT / "tests" / "toolchain" / "ranks.py", tmp_path / "found", *arguments)
-    for dtype, accuracy in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+    for dtype, accuracy in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
         assert (tmp_path / f"found-{dtype}").exists(), done.stderr
         together, alone = load_file(tmp_path / f"found-{dtype}"), statistics(dtype)
         assert together.keys() == alone.keys()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolchain import distributed
 from toolchain.block import BlockRunner, Stream
@@ -88,7 +88,7 @@ def collect(
     wanted: Wanted,
     token_weights: list[Tensor] | None = None,
     batches: range | None = None,
-    detailed: int | None = None,
+    recorded: int | None = None,
     known: BlockStatistics | None = None,
 ) -> tuple[BlockStatistics, dict[str, list[Tensor]]]:
     """Run the block on `text` as far as the projections of `stage` need, and on the full-precision `reference`.
@@ -99,19 +99,21 @@ def collect(
             as they become known.
         token_weights: [B, L] per batch, or None for all one.
         batches: which of the text's to look at, in the order in which their outputs become known; None for all.
-        detailed: how many of the text's batches, the first, attention's statistics are taken of; None for all.
+        recorded: how many of the text's batches, the first, attention's statistics are taken of; None for all.
         known: of an earlier stage of the block: what its projections share with these is not taken again.
     Returns:
         the statistics, and the inputs of a stage's only projection per batch, to compute its output from.
     """
     batches = range(len(text.hidden)) if batches is None else batches
-    looked_at = range(len(text.hidden) if detailed is None else detailed)
+    looked_at = range(len(text.hidden) if recorded is None else recorded)
     present = [tuple(role for role in shared if role in runner.parts) for shared in _SHARED]
     groups = [group for group in present if set(group) & set(stage)]
     firsts = tuple(next(role for role in group if role in stage) for group in groups)
     fresh = tuple(first for first in firsts if known is None or first not in known.inputs)
     weight = runner.original(firsts[0])
     covariances = {first: Covariance(runner.original(first).shape[1], weight) for first in fresh}
+    # Apart, so that what a projection lacks is held against the inputs of the same text.
+    compared = {f: Covariance(covariances[f].total.shape[0], weight) for f in fresh if f in _COMPARED_BY_OUTPUT}
     crosses = {first: _cross(runner, first, weight) for first in fresh} if reference is not None else {}
     head_norms = _head_norms(runner, spec, stage, batches, text) if wanted.attention else {}
     recorder = _recorder(runner, spec, stage, firsts, wanted, head_norms) if wanted.attention else None
@@ -136,25 +138,33 @@ def collect(
             attention=_handler_maker(recording, firsts[0]),
             stop_before=None if recording is not None and recording.stops else firsts[-1],
         )
+        follows = reference is not None and batch < len(reference.hidden)
         for first in fresh:
-            covariances[first].add(taps.inputs[first], weights)
+            apart = compared if follows and first in compared else covariances
+            apart[first].add(taps.inputs[first], weights)
         for norm in head_norms.values():
             norm.add(taps.inputs[firsts[0]], weights)
         if keeps:
             kept.append(text.keep(taps.inputs[stage[0]]))
-        if crosses and reference is not None and batch < len(reference.hidden):
+        if crosses and follows:
+            assert reference is not None
             _compare(runner, text, reference, batch, fresh, taps.inputs, crosses, residual, weights)
-    for accumulated in (*covariances.values(), *crosses.values(), *head_norms.values(), recorder):
+    for accumulated in (*covariances.values(), *compared.values(), *crosses.values(), *head_norms.values(), recorder):
         if accumulated is not None:
             accumulated.reduce()
     inputs = {} if known is None else dict(known.inputs)
     lacking = {} if known is None else dict(known.lacking)
     for group in present:
         for first in set(group) & set(fresh):
-            inputs |= dict.fromkeys(group, covariances[first].hessian())
             if crosses and crosses[first].weight:
                 mean = crosses[first].mean()
-                lacking |= {r: mean if r in _COMPARED_BY_OUTPUT else runner.original(r) @ mean for r in group}
+                if first in compared:  # there E[y x^T], otherwise E[(y - x) x^T]
+                    lacking[first] = mean - runner.original(first) @ compared[first].hessian()
+                else:
+                    lacking |= {role: runner.original(role) @ mean for role in group}
+            if first in compared:
+                covariances[first].include(compared[first])
+            inputs |= dict.fromkeys(group, covariances[first].hessian())
     statistics = BlockStatistics(
         inputs, lacking, positions=text.hidden[0].shape[1], layer=runner.index, head_norms=head_norms
     )
@@ -288,7 +298,9 @@ def _compare(
     residual: float,
     weights: Tensor | None,
 ) -> None:
-    """Run the reference as far, and correlate what the text's projections lack against it with their inputs."""
+    """Run the reference as far, and correlate it with the inputs of the text's projections: its outputs, or how far its
+    inputs are from those.
+    """
     by_output = tuple(first for first in firsts if first in _COMPARED_BY_OUTPUT)
     by_input = tuple(first for first in firsts if first not in _COMPARED_BY_OUTPUT)
     taps = runner.run(
@@ -303,11 +315,11 @@ def _compare(
     for first in by_input:
         crosses[first].add(taps.inputs[first] - inputs[first], inputs[first], weights)
     for first in by_output:
-        x = inputs[first]
-        wanted = taps.outputs[first] - nn.functional.linear(x, runner.original(first), runner.bias(first))
+        wanted, bias = taps.outputs[first], runner.bias(first)
+        wanted = wanted if bias is None else wanted - bias
         if residual:
             wanted = wanted + residual * _lag(text, reference, batch, first).view_as(wanted)
-        crosses[first].add(wanted, x, weights)
+        crosses[first].add(wanted, inputs[first], weights)
     if "o" in by_output and firsts[-1] == "o":
         reference.outputs.setdefault("o", []).append(reference.keep(taps.outputs["o"]))
     if "down" in by_output:

@@ -46,6 +46,11 @@ class Covariance:
         for start, stop in self._panels:
             self.total[:stop, start:stop].addmm_(rows[:, :stop].mT, rows[:, start:stop])
 
+    def include(self, other: Covariance) -> None:
+        """Add what another has accumulated."""
+        self.total += other.total
+        self.weight += other.weight
+
     def reduce(self) -> None:
         """On to what all ranks have accumulated."""
         distributed.add_up(self.total)
