@@ -7,7 +7,7 @@ called like any other; whoever needs a block for longer holds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,10 @@ class Dequantizable(Protocol):
     def dequantize(self) -> Tensor: ...
 
 
+# The number of a block and its parameters by full name -> the same parameters, transformed.
+BlockTransform = Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 class StreamedBlocks:
     """The blocks of a model, on the meta device while nobody needs them.
 
@@ -54,6 +58,9 @@ class StreamedBlocks:
         self.modules = {names[id(part)] for layer in self._layers for part in layer.modules()}
         self.live: dict[int, int] = {}
         self._replaced: Mapping[str, Dequantizable] = {}
+        self._transforms: list[BlockTransform] = []
+        # Vectors of blocks that have been transformed: they are asked for one by one, and are small.
+        self._vectors: dict[str, Tensor] = {}
         setattr(model, _ATTRIBUTE, self)
         for index, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(self._taking(index))
@@ -77,8 +84,9 @@ class StreamedBlocks:
         self.live[index] = self.live.get(index, 0) + 1
         if self.live[index] > 1:
             return
+        values = self._values(index)
         for name in self._meta[index]:
-            self._put(index, name, nn.Parameter(self._value(self._prefixes[index] + name), requires_grad=False))
+            self._put(index, name, nn.Parameter(values.pop(self._prefixes[index] + name), requires_grad=False))
 
     def _let_go(self, index: int) -> None:
         self.live[index] -= 1
@@ -91,15 +99,41 @@ class StreamedBlocks:
         owner, _, leaf = name.rpartition(".")
         setattr(self._layers[index].get_submodule(owner), leaf, parameter)
 
-    def _value(self, name: str) -> Tensor:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in self._replaced:
-            return self._replaced[module].dequantize()
-        return self.read(name)
+    def _values(self, index: int) -> dict[str, Tensor]:
+        """What a block computes with, by full name."""
+        values = {}
+        for name in self._names(index):
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and module in self._replaced:
+                values[name] = self._replaced[module].dequantize()
+        rest = [name for name in self._names(index) if name not in values]
+        if self._transforms and any(name not in self._vectors for name in rest):
+            block = self._transformed(index)
+            return values | {name: block[name] for name in rest}
+        return values | {name: self.read(name) for name in rest}
+
+    def _names(self, index: int) -> list[str]:
+        return [self._prefixes[index] + name for name in self._meta[index]]
+
+    def _transformed(self, index: int) -> dict[str, Tensor]:
+        values: Mapping[str, Tensor] = {name: read_tensor(self._files[name], name) for name in self._names(index)}
+        for transform in self._transforms:
+            values = transform(index, values)
+        self._vectors |= {name: value.clone() for name, value in values.items() if value.ndim == 1}
+        return dict(values)
 
     def read(self, name: str) -> Tensor:
-        """A parameter as the file has it, in float32."""
-        return read_tensor(self._files[name], name)
+        """A parameter in float32, as the file has it or, in a block, after the transformations."""
+        index = next((index for index, prefix in enumerate(self._prefixes) if name.startswith(prefix)), None)
+        if index is None or not self._transforms:
+            return read_tensor(self._files[name], name)
+        return self._vectors[name].clone() if name in self._vectors else self._transformed(index)[name]
+
+    def transform(self, function: BlockTransform) -> None:
+        """From now on, the blocks are what `function` makes of them, after those before it."""
+        assert not self.live
+        self._transforms.append(function)
+        self._vectors = {}
 
     @contextmanager
     def held(self, index: int) -> Iterator[None]:
