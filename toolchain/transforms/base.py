@@ -1,0 +1,140 @@
+"""What a transform is, and how it changes the parameters of a block.
+
+A transform rewrites parameters so that the model's function stays what it was. It works on mappings from full
+parameter names to float64 tensors, one block at a time, and never changes a tensor that it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from boa_edge.errors import BoaEdgeError
+from toolchain.families import DecoderSpec, Part
+from toolchain.transforms.fields import Fields
+from toolchain.transforms.product import OnlineProduct
+
+Parameters = Mapping[str, Tensor]
+
+
+class Transform:
+    """One transform with everything it needs but the model.
+
+    Attributes:
+        kind: its name in a record.
+    """
+
+    kind: ClassVar[str]
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self  # a value: copies of a model share it
+
+    def check(self, spec: DecoderSpec) -> None:
+        """Raises BoaEdgeError where this transform and the model do not go together."""
+
+    def notes(self, spec: DecoderSpec) -> list[str]:
+        """What is left out on this model, and why."""
+        return []
+
+    def block(self, spec: DecoderSpec, layer: int, parameters: Parameters) -> dict[str, Tensor]:
+        """The parameters of a block, transformed; in and out float64, by full name, shapes unchanged."""
+        return dict(parameters)
+
+    def tables(self, spec: DecoderSpec, parameters: Parameters) -> dict[str, Tensor]:
+        """The same of what stands around the blocks: embedding, positions, last norm and head."""
+        return dict(parameters)
+
+    def spec_after(self, spec: DecoderSpec) -> DecoderSpec:
+        """What is true of the transformed model."""
+        return spec
+
+    def products(self, spec: DecoderSpec) -> list[OnlineProduct]:
+        """What the transformed model computes besides, in the order in which it does."""
+        return []
+
+    def document(self) -> dict[str, object]:
+        """The fields of its entry in a record, fit for JSON."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of its entry, by name."""
+        return {}
+
+    @classmethod
+    def restore(cls, fields: Fields, tensors: Mapping[str, Tensor]) -> Transform:
+        """The inverse of `document` and `tensors`. Raises BoaEdgeError, naming the field."""
+        raise NotImplementedError
+
+
+def transform_block(
+    spec: DecoderSpec, transforms: Sequence[Transform], layer: int, parameters: Parameters
+) -> dict[str, Tensor]:
+    """The parameters of block `layer` after all transforms, computed in float64, in the dtypes that they came in."""
+    return _in_float64(parameters, transforms, lambda transform, held: transform.block(spec, layer, held))
+
+
+def transform_tables(spec: DecoderSpec, transforms: Sequence[Transform], parameters: Parameters) -> dict[str, Tensor]:
+    """The same of what stands around the blocks."""
+    return _in_float64(parameters, transforms, lambda transform, held: transform.tables(spec, held))
+
+
+def _in_float64(
+    parameters: Parameters,
+    transforms: Sequence[Transform],
+    function: Callable[[Transform, Parameters], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    before = {name: tensor.detach().to(torch.float64) for name, tensor in parameters.items()}
+    after = dict(before)
+    for transform in transforms:
+        after = function(transform, after)
+    return {
+        name: tensor if after[name] is before[name] else after[name].to(tensor.dtype)
+        for name, tensor in parameters.items()
+    }
+
+
+def table_names(spec: DecoderSpec) -> list[str]:
+    """Full names of the parameters around the blocks; a last norm may lack some of its own."""
+    positions = [] if spec.position_table is None else [f"{spec.position_table}.weight"]
+    norm = [f"{spec.final_norm}.weight", f"{spec.final_norm}.bias"]
+    return [f"{spec.embedding}.weight", *positions, *norm, f"{spec.head}.weight"]
+
+
+def change_rows(parameters: dict[str, Tensor], part: Part, change: Callable[[Tensor], Tensor]) -> None:
+    """Put `change(rows)` in the place of a projection's rows: of its weight [out, in] and, as [out, 1], of its bias."""
+    for leaf in ("weight", "bias"):
+        name = f"{part.module}.{leaf}"
+        if name not in parameters:
+            continue
+        tensor = parameters[name].clone()
+        rows = tensor[part.rows]
+        tensor[part.rows] = change(rows) if leaf == "weight" else change(rows[:, None])[:, 0]
+        parameters[name] = tensor
+
+
+def norm_gain(spec: DecoderSpec, parameters: Parameters, norm: str) -> Tensor | None:
+    """What a norm multiplies with, [n]; None where it has no weight."""
+    weight = parameters.get(f"{norm}.weight")
+    return weight if weight is None or spec.norm != "rms_offset" else 1 + weight
+
+
+def set_norm_gain(spec: DecoderSpec, parameters: dict[str, Tensor], norm: str, gain: Tensor) -> None:
+    """Have a norm multiply with `gain` [n]."""
+    parameters[f"{norm}.weight"] = gain - 1 if spec.norm == "rms_offset" else gain
+
+
+def scale_norm(spec: DecoderSpec, parameters: dict[str, Tensor], norm: str, scale: Tensor) -> None:
+    """Have a norm put out `scale` [n] times what it did.
+
+    Raises:
+        BoaEdgeError: it has no weight.
+    """
+    gain = norm_gain(spec, parameters, norm)
+    if gain is None:
+        raise BoaEdgeError("the norm has no weight that could take up a scale", where=norm)
+    set_norm_gain(spec, parameters, norm, gain * scale)
+    if f"{norm}.bias" in parameters:
+        parameters[f"{norm}.bias"] = parameters[f"{norm}.bias"] * scale

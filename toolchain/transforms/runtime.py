@@ -1,0 +1,114 @@
+"""The products that stay in the running model, as hooks, and R3 as an attention function.
+
+R3 is computed where attention is, on the keys that the cache hands out: what is kept turned, per token, comes to the
+same. Inside `toolchain.entry.own_attention` it is left out; it changes neither scores nor their derivatives there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from boa_edge.errors import UsageError
+from toolchain.families import DecoderSpec
+from toolchain.statistics.attention import ATTENTION
+from toolchain.transforms.base import Transform
+from toolchain.transforms.product import OnlineProduct
+from toolchain.transforms.smooth import Smooth
+
+_TURNED_ATTENTION = "boa_edge_turned"
+_PRODUCT = "boa_edge_query_key_product"
+_TRANSFORMS = "boa_edge_transforms"
+
+
+class Runtime:
+    """Hooks of `install_runtime`, to be taken off again."""
+
+    def __init__(self, undo: Sequence[Callable[[], None]]) -> None:
+        self._undo = list(undo)
+
+    def remove(self) -> None:
+        """Take them off; a second time does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def check_transforms(spec: DecoderSpec, transforms: Sequence[Transform]) -> None:
+    """Raises BoaEdgeError where the transforms do not go with the model, or not after each other in this order."""
+    seen: set[str] = set()
+    for transform in transforms:
+        transform.check(spec)
+        if transform.kind in seen and transform.kind in ("r1", "r3", "r4"):
+            raise UsageError(f"{transform.kind} comes twice", where="transforms", fix="Keep one")
+        if isinstance(transform, Smooth) and "r4" in seen and any(pair == "up_down" for _, pair in transform.scales):
+            problem = "smooth up_down comes after r4, which mixes the channels between up and down"
+            raise UsageError(problem, where="transforms", fix="Smooth first")
+        seen.add(transform.kind)
+
+
+def transforms_of(model: nn.Module) -> tuple[Transform, ...]:
+    """The transforms that a model in memory has gone through or runs, in order."""
+    return getattr(model, _TRANSFORMS, ())
+
+
+def online_products(spec: DecoderSpec, transforms: Sequence[Transform]) -> list[OnlineProduct]:
+    """Every product that the running model computes besides its own, by place and layer: what exporters write down."""
+    return [product for transform in transforms for product in transform.products(spec)]
+
+
+def install_runtime(model: nn.Module, spec: DecoderSpec, transforms: Sequence[Transform]) -> Runtime:
+    """Have a model whose weights are transformed compute the products that belong to them.
+
+    Args:
+        model: a causal language model of `transformers`; it is changed in place, until the handle's `remove`.
+        transforms: all that its weights have gone through; those without products need nothing.
+
+    Raises:
+        BoaEdgeError: they do not go with the model, or with those it runs already.
+    """
+    before = transforms_of(model)
+    check_transforms(spec, [*before, *transforms])
+    setattr(model, _TRANSFORMS, (*before, *transforms))
+    undo: list[Callable[[], None]] = [lambda: setattr(model, _TRANSFORMS, before)]
+    products = online_products(spec, transforms)
+    for product in products:
+        module = model.get_submodule(product.module)
+        if product.place == "output":
+            undo.append(module.register_forward_hook(_after(product)).remove)
+        elif product.place == "input":
+            undo.append(module.register_forward_pre_hook(_before(product)).remove)
+        else:
+            setattr(module, _PRODUCT, product)
+            undo.append(lambda module=module: delattr(module, _PRODUCT))  # type: ignore[misc]
+    if any(product.place == "query_key" for product in products):
+        config: Any = model.config
+        implementation = config._attn_implementation
+        config._attn_implementation = _TURNED_ATTENTION
+        undo.append(lambda: setattr(config, "_attn_implementation", implementation))
+    return Runtime(undo)
+
+
+def _after(product: OnlineProduct) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    return lambda _module, _inputs, output: product(output)
+
+
+def _before(product: OnlineProduct) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    return lambda _module, inputs: (product(inputs[0]), *inputs[1:])
+
+
+def _turned_attention(
+    module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    product: OnlineProduct | None = getattr(module, _PRODUCT, None)
+    if product is not None:
+        query, key = product(query), product(key)
+    return ALL_ATTENTION_FUNCTIONS[ATTENTION](module, query, key, *rest, **arguments)
+
+
+AttentionInterface.register(_TURNED_ATTENTION, _turned_attention)
+AttentionMaskInterface.register(_TURNED_ATTENTION, eager_mask)

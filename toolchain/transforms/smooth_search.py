@@ -1,0 +1,122 @@
+"""How strongly to smooth one pair: SmoothQuant's scales with the strength that its own quantization errors ask for.
+
+    s_j = max|X_j|^alpha / max_i|W_ij|^(1 - alpha)        (SmoothQuant, arXiv 2211.10438, eq. 4)
+
+SmoothQuant takes one alpha for the whole model. Here every pair takes, from a grid of alphas and from no smoothing at
+all, what gives the least error of the product y = W x per token. With W' = W diag(s), x' = x / s, the weights W' + dW
+rounded to the nearest point of their grid, and the activations x' + dx,
+
+    E|dW x'|^2 = tr(dW H' dW^T) / 2, H' = 2 E[x' x'^T] = diag(1/s) H diag(1/s)        and        E|W' dx|^2
+
+are added: errors of rounding are taken to be independent of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
+
+STRENGTHS = tuple(step / 10 for step in range(11))
+_SMALLEST_MAXIMUM = 1e-5  # as in SmoothQuant's code
+_LARGEST_SCALE = 2.0**8
+
+
+@dataclass(frozen=True, eq=False)
+class Smoothing:
+    """A choice of scales for one pair.
+
+    Attributes:
+        scales: float64 [scales].
+        strength: alpha; None for no smoothing.
+        weight_error, activation_error: E|dW x'|^2 and E|W' dx|^2 per token.
+    """
+
+    scales: Tensor
+    strength: float | None
+    weight_error: float
+    activation_error: float
+
+    @property
+    def error(self) -> float:
+        """What is compared."""
+        return self.weight_error + self.activation_error
+
+
+def search_smoothing(
+    weight: Tensor,
+    hessian: Tensor,
+    maxima: Tensor,
+    samples: Tensor,
+    fmt: GridFormat,
+    activation: Callable[[Tensor], Tensor],
+    *,
+    search: ScaleSearch = "minmax",
+    shared: Tensor | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    powers_of_two: bool = True,
+) -> Smoothing:
+    """The scales of one pair with the least error; never more than without smoothing.
+
+    Args:
+        weight: [out, in], all that reads the input, stacked.
+        hessian: [in, in], 2 E[x x^T].
+        maxima: [in], the largest |x_j|.
+        samples: [tokens, in], some of the inputs.
+        fmt, search: the weights' grid.
+        activation: what becomes of inputs [tokens, in] when they are quantized.
+        shared: int64 [in], which scale each input takes (`value_sharing`); None: each its own.
+        powers_of_two: round scales so that they can be folded without rounding.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    weight, hessian, maxima, samples = (each.to(torch.float64) for each in (weight, hessian, maxima, samples))
+    columns = weight.shape[1]
+    shared = torch.arange(columns) if shared is None else shared
+    if hessian.shape != (columns, columns) or {maxima.shape[-1], samples.shape[-1], len(shared)} != {columns}:
+        raise ValueError(f"weight [.., {columns}], Hessian, maxima and samples are not of one width")
+
+    def measured(scales: Tensor, strength: float | None) -> Smoothing:
+        spread = scales[shared]
+        scaled, inputs = weight * spread, samples / spread
+        grid = find_grid(scaled[None], fmt, search, (hessian / spread / spread[:, None])[None])
+        rounded = grid.values(round_to_grid(scaled[None], *grid.expand(columns), fmt.bits))[0]
+        change = (rounded - scaled) / spread
+        moved = (activation(inputs) - inputs) @ scaled.mT
+        weight_error = 0.5 * float(((change @ hessian) * change).sum())
+        return Smoothing(scales, strength, weight_error, float(moved.square().sum()) / len(samples))
+
+    best = measured(torch.ones(int(shared.max()) + 1, dtype=torch.float64), None)
+    for strength in strengths:
+        tried = measured(smoothing_scales(maxima, weight.abs().amax(0), shared, strength, powers_of_two), strength)
+        if tried.error < best.error:
+            best = tried
+    return best
+
+
+def smoothing_scales(
+    inputs: Tensor, weights: Tensor, shared: Tensor, strength: float, powers_of_two: bool = True
+) -> Tensor:
+    """s of equation 4, float64 [scales], with a geometric mean of 1 before it is clamped and rounded.
+
+    Args:
+        inputs, weights: [in], the largest |x_j| and |W_ij|.
+        shared: int64 [in], which scale each takes: of those that share one the largest counts.
+    """
+    count = int(shared.max()) + 1
+    logs = [
+        torch.zeros(count, dtype=torch.float64)
+        .scatter_reduce(0, shared, each.to(torch.float64), "amax", include_self=True)
+        .clamp_min(_SMALLEST_MAXIMUM)
+        .log2()
+        for each in (inputs, weights)
+    ]
+    scale = strength * logs[0] - (1 - strength) * logs[1]
+    bound = torch.tensor(_LARGEST_SCALE, dtype=torch.float64).log2()
+    scale = (scale - scale.mean()).clamp(-bound, bound)
+    return torch.exp2(scale.round() if powers_of_two else scale)
