@@ -47,7 +47,7 @@ def _steps() -> dict[str, Own]:
         ("residual stream's deviation", {"residual": 0.5}),
         ("rows that see the softmax", {"attention_rows": "gauss_newton"}),
         ("activation order", {"activation_order": True}),
-        ("scales refitted", {"refits": 3}),
+        ("scales refitted", {"refits": 1}),
         ("descent on the codes", {"sweeps": 2}),
         ("costly statistics of a part of the text", {name: getattr(edge, name) for name in _PARTS}),
         ("safety net", {"safety_net": True}),

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from toolchain.activations.plan import ActivationPlan
 from toolchain.families import Part
 from toolchain.spill import Spill
 from toolchain.statistics.attention import Handler, Stop, handled_by
@@ -62,6 +63,7 @@ class BlockRunner:
         arguments: what the model hands this block besides the hidden states.
         index: which block of the model it is.
         head_norms: by role, the norms on each head of q and k, where there are any.
+        activations: how the inputs of the projections are quantized in passes with the settled weights.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class BlockRunner:
         *,
         index: int = 0,
         head_norms: Mapping[str, nn.Module] | None = None,
+        activations: ActivationPlan | None = None,
     ) -> None:
         self._block, self.parts, self.modules, self._arguments = block, parts, modules, arguments
-        self.index, self.head_norms = index, head_norms or {}
+        self.index, self.head_norms, self._activations = index, head_norms or {}, activations
         self._final: dict[str, Tensor] = {}
 
     def original(self, role: str) -> Tensor:
@@ -125,7 +128,7 @@ class BlockRunner:
         """Run the block on one batch of a stream.
 
         Args:
-            final: with the settled weights, otherwise with the original ones.
+            final: with the settled weights and quantized activations, otherwise with the original ones.
             inputs, outputs: roles whose inputs and outputs are wanted.
             attention: makes the handler of attention from the inputs seen so far.
             stop_before, stop_after: a role before or after which nothing is needed any more.
@@ -156,16 +159,21 @@ class BlockRunner:
         handler = None if attention is None else attention(seen_inputs)
         with ExitStack() as stack:
             stack.enter_context(self._weights(final))
+            known = {role for role, stored in stream.outputs.items() if batch < len(stored)}
+            if final and self._activations is not None:
+                # First, so that inputs are seen as they are computed with.
+                unread = {earlier for role in known for earlier in (role, *_BEFORE[role])}
+                for name in dict.fromkeys(part.module for role, part in self.parts.items() if role not in unread):
+                    handles.append(self.modules[name].register_forward_pre_hook(self._activations.hook(name)))
             for role, part in self.parts.items():
                 if role in inputs or role == stop_before:
                     handles.append(self.modules[part.module].register_forward_pre_hook(before(role)))
                 if role in outputs or role == stop_after:
                     handles.append(self.modules[part.module].register_forward_hook(after(role)))
-            for role, stored in stream.outputs.items():
-                if batch >= len(stored):  # this pass is to find it out
-                    continue
-                known = stored[batch]
-                stack.enter_context(_replaced(self.modules[self.parts[role].module], _constant(known)))
+            for role in known:  # the others are what this pass is to find out
+                stack.enter_context(
+                    _replaced(self.modules[self.parts[role].module], _constant(stream.outputs[role][batch]))
+                )
                 for earlier in _BEFORE[role]:
                     if earlier in self.parts:
                         module = self.modules[self.parts[earlier].module]

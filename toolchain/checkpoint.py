@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,16 @@ from torch import Tensor
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, write_json
+from toolchain.activations.plan import ActivationPlan
 from toolchain.families import DecoderSpec, describe
 from toolchain.packing import pack, scheme, unpack
 from toolchain.quantized import QuantizedWeight
+from toolchain.transforms.base import Transform
+from toolchain.transforms.record import from_record, to_record
 
+ACTIVATIONS = "activations.json"
+TRANSFORMS = "transforms.json"
+_TRANSFORM_TENSORS = "transforms.safetensors"
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -63,6 +69,16 @@ def write_weights(
         "ignore": [] if spec.head in quantized else [spec.head],
     }
     write_json(directory / "config.json", {**config, "quantization_config": quantization})
+
+
+def write_transforms(directory: Path, transforms: Sequence[Transform]) -> None:
+    """Write `transforms.json` and `transforms.safetensors`: what the weights have gone through; nothing without any."""
+    if not transforms:
+        return
+    document, tensors = to_record(transforms)
+    write_json(directory / TRANSFORMS, document)
+    if tensors:
+        save_file(tensors, directory / _TRANSFORM_TENSORS)
 
 
 def _embedding_metadata(weight: QuantizedWeight) -> dict[str, str]:
@@ -118,6 +134,24 @@ class Checkpoint:
         if not isinstance(document, dict):
             raise BoaEdgeError("is not a recipe", where=path)
         return document
+
+    @cached_property
+    def activations(self) -> ActivationPlan | None:
+        """How the linears' inputs are quantized; None: they stay in floating point."""
+        path = self.path / ACTIVATIONS
+        if not path.exists():
+            return None
+        return ActivationPlan.from_document(read_json(path, "the activation plan"), path)
+
+    @cached_property
+    def transforms(self) -> list[Transform]:
+        """What the weights have gone through, in order; the running model may owe them products."""
+        path = self.path / TRANSFORMS
+        if not path.exists():
+            return []
+        tensors = self._open(_TRANSFORM_TENSORS) if (self.path / _TRANSFORM_TENSORS).exists() else None
+        held = {} if tensors is None else {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        return from_record(read_json(path, "the transforms"), held, self.spec, str(path))
 
     @cached_property
     def provenance(self) -> dict[str, Any]:

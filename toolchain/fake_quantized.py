@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from toolchain.activations.plan import ActivationPlan
 from toolchain.families import DecoderSpec
 from toolchain.loading.streamed import streamed_blocks
 from toolchain.quantized import QuantizedWeight
@@ -20,10 +21,17 @@ class FakeQuantized:
 
     Args:
         weights: codes by module name, as `quantize_model` returns them.
+        activations: how the inputs of the linears are quantized; None leaves them in floating point.
     """
 
-    def __init__(self, model: nn.Module, spec: DecoderSpec, weights: Mapping[str, QuantizedWeight]) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: DecoderSpec,
+        weights: Mapping[str, QuantizedWeight],
+        activations: ActivationPlan | None = None,
+    ) -> None:
+        self._model, self._activations = model, activations
         self._weights, self._blocks = weights, streamed_blocks(model)
         inside = set() if self._blocks is None else self._blocks.modules  # replaced while they are read
         self._parameters = {f"{name}.weight": weights[name].dequantize() for name in weights if name not in inside}
@@ -35,7 +43,11 @@ class FakeQuantized:
         return self._call(tokens, use_cache=False).logits
 
     def _call(self, tokens: Tensor, **arguments: Any) -> Any:
-        with nullcontext() if self._blocks is None else self._blocks.replaced(self._weights):
+        with ExitStack() as stack:
+            if self._blocks is not None:
+                stack.enter_context(self._blocks.replaced(self._weights))
+            if self._activations is not None:
+                stack.enter_context(self._activations.installed(self._model))
             return functional_call(self._model, self._parameters, (tokens,), arguments, tie_weights=False)
 
     def greedy(self, prompt: Tensor, count: int) -> Tensor:

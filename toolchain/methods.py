@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
             safety_net=True,
             attention_sequences=32,
             compared_sequences=64,
-            refits=3,
+            refits=1,
             sweeps=2,
         ),
     ),

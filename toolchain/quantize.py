@@ -19,16 +19,21 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import check_output, output_directory, write_json, write_text
 from boa_edge.progress import say
 from toolchain import distributed
+from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import check_budget
 from toolchain.calibration import Calibration, kept_text, load_calibration
-from toolchain.checkpoint import write_weights
+from toolchain.checkpoint import ACTIVATIONS, write_transforms, write_weights
 from toolchain.fake_quantized import FakeQuantized
+from toolchain.guard import Guarded, guard
 from toolchain.loading import SourceModel, load_source
 from toolchain.methods import METHODS
 from toolchain.metrics import Fidelity, evaluate_logits
+from toolchain.outliers import as_documents
+from toolchain.prepare import Prepared, prepare
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from toolchain.resume import ResumeFile
 from toolchain.run import QuantizedModel, quantize_model
+from toolchain.transforms import transforms_of
 
 _PROMPT = "The capital of France is"
 _REFERENCE_TOKENS = 96
@@ -123,16 +128,17 @@ def quantize(
     )
     others = [chosen.with_method(method) for method in compare if method != chosen.method]
     unfinished = [_resume_file(output, source, each, text) for each in (*others, chosen)]
-    rows = [_quantize_and_score(source, *each, text, spill)[1] for each in zip(others, unfinished, strict=False)]
-    quantized, own, original_perplexity = _quantize_and_score(source, chosen, unfinished[-1], text, spill)
-    rows.append(own)
+    prepared = prepare(source, chosen, text.sequences)
+    rows = [_quantize_and_score(prepared, *each, text, spill).row for each in zip(others, unfinished, strict=False)]
+    own = _quantize_and_score(prepared, chosen, unfinished[-1], text, spill)
+    rows.append(own.row)
     if distributed.is_main():
         with output_directory(output, overwrite=overwrite) as directory:
-            _write(directory, source, chosen, text, quantized, rows, original_perplexity, time.monotonic() - start)
+            _write(directory, prepared, chosen, text, own, rows, time.monotonic() - start)
         for resume in filter(None, unfinished):
             resume.discard()
         shutil.rmtree(kept_text(output), ignore_errors=True)
-    return QuantizeResult(output, chosen.name, tuple(rows), original_perplexity, time.monotonic() - start)
+    return QuantizeResult(output, chosen.name, tuple(rows), own.original_perplexity, time.monotonic() - start)
 
 
 def _check_groups(source: SourceModel, recipe: Recipe) -> None:
@@ -166,17 +172,36 @@ def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibr
     return ResumeFile(output, recipe.method, identity)
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A quantized model, which activations it computes with, and how it does on the held-out text."""
+
+    quantized: QuantizedModel
+    guarded: Guarded | None
+    row: Comparison
+    original_perplexity: float
+
+    @property
+    def activations(self) -> ActivationPlan | None:
+        return None if self.guarded is None else self.guarded.plan
+
+
 def _quantize_and_score(
-    source: SourceModel, recipe: Recipe, resume: ResumeFile | None, text: Calibration, spill: Path | None
-) -> tuple[QuantizedModel, Comparison, float]:
+    prepared: Prepared, recipe: Recipe, resume: ResumeFile | None, text: Calibration, spill: Path | None
+) -> _Scored:
     start = time.monotonic()
+    source, plan = prepared.source, prepared.activations
     try:
-        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, spill)
+        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, spill, plan)
     except ArithmeticError as error:
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
+    guarded: Guarded | None = None
+    if plan is not None and recipe.activations is not None:
+        budget = recipe.activations.budget
+        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.sequences, budget))
     seconds = time.monotonic() - start
-    fidelity = distributed.from_main(lambda: _score(source, recipe, quantized, text))
+    fidelity = distributed.from_main(lambda: _score(source, recipe, quantized, guarded, text))
     assert fidelity.kl is not None
     assert fidelity.top1 is not None
     assert fidelity.reference_perplexity is not None
@@ -191,11 +216,13 @@ def _quantize_and_score(
         peak_mb=_peak_mb(),
     )
     say(f"{recipe.name}: perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, top-1 {row.top1:.1%} on held-out text")
-    return quantized, row, fidelity.reference_perplexity
+    return _Scored(quantized, guarded, row, fidelity.reference_perplexity)
 
 
-def _score(source: SourceModel, recipe: Recipe, quantized: QuantizedModel, text: Calibration) -> Fidelity:
-    fake = FakeQuantized(source.model, source.spec, quantized.weights)
+def _score(
+    source: SourceModel, recipe: Recipe, quantized: QuantizedModel, guarded: Guarded | None, text: Calibration
+) -> Fidelity:
+    fake = FakeQuantized(source.model, source.spec, quantized.weights, None if guarded is None else guarded.plan)
     return evaluate_logits(
         fake.logits,
         text.held_out,
@@ -208,8 +235,12 @@ def _float_parameters(source: SourceModel, quantized: QuantizedModel) -> dict[st
     """Parameters that stay in floating point, in the source's dtype."""
     dtype = getattr(torch, str(source.config.get("dtype") or "float32").removeprefix("torch."))
     tied_head = f"{source.spec.head}.weight" if source.spec.tied_embeddings else None
+    # Norms that have taken up scales would lose them to a narrower type.
+    own = (
+        {name for names in source.spec.layer_names for name in names.norms()} if transforms_of(source.model) else set()
+    )
     return {
-        name: source.parameter(name).detach().to(dtype)
+        name: source.parameter(name).detach().to(torch.float32 if name.rpartition(".")[0] in own else dtype)
         for name in source.model.state_dict()
         if name.rpartition(".")[0] not in quantized.weights or not name.endswith(".weight")
         if name != tied_head
@@ -231,21 +262,24 @@ def _versions() -> dict[str, str]:
 
 def _write(
     directory: Path,
-    source: SourceModel,
+    prepared: Prepared,
     recipe: Recipe,
     text: Calibration,
-    quantized: QuantizedModel,
+    own: _Scored,
     rows: list[Comparison],
-    original_perplexity: float,
     seconds: float,
 ) -> None:
+    source, quantized = prepared.source, own.quantized
     scale_dtype = torch.bfloat16 if recipe.round_scales else torch.float32
     floats = _float_parameters(source, quantized)
     write_weights(directory, source.config, source.spec, quantized.weights, floats, scale_dtype)
+    write_transforms(directory, prepared.transforms)
+    if own.activations is not None:
+        write_json(directory / ACTIVATIONS, own.activations.to_document())
     source.tokenizer.save_pretrained(directory)
     write_json(directory / "generation_config.json", source.generation_config)
     write_text(directory / "recipe.yaml", recipe.to_yaml())
-    save_file(_reference(source, text, quantized), directory / "reference.safetensors")
+    save_file(_reference(source, text, own), directory / "reference.safetensors")
     provenance = {
         "schema_version": 1,
         "created_by": f"boa-edge {__version__}",
@@ -263,18 +297,21 @@ def _write(
             "sequence_length": text.held_out.shape[1],
             "source": text.source["source"],
             "overlaps_calibration": text.overlap,
-            "original_perplexity": original_perplexity,
+            "original_perplexity": own.original_perplexity,
         },
+        "transforms": {"names": list(recipe.transforms), "notes": prepared.notes},
+        "activations": None if own.guarded is None else own.guarded.to_document(),
+        "outliers": {"before": as_documents(prepared.before), "after": as_documents(prepared.after)},
         "seconds": round(seconds, 1),
         "peak_mb": rows[-1].peak_mb,
     }
     write_json(directory / "provenance.json", provenance)
 
 
-def _reference(source: SourceModel, text: Calibration, quantized: QuantizedModel) -> dict[str, torch.Tensor]:
+def _reference(source: SourceModel, text: Calibration, own: _Scored) -> dict[str, torch.Tensor]:
     """Logits and greedy tokens of the original and of the fake-quantized model, to hold a device against."""
     original = FakeQuantized(source.model, source.spec, {})
-    fake = FakeQuantized(source.model, source.spec, quantized.weights)
+    fake = FakeQuantized(source.model, source.spec, own.quantized.weights, own.activations)
     tokens = text.held_out[0, :_REFERENCE_TOKENS]
     prompt = torch.tensor(source.tokenizer(_PROMPT)["input_ids"], dtype=torch.int64)
     with torch.inference_mode():

@@ -2,11 +2,12 @@
 
 A name reads as what it does:
 
-    w<bits>[g<group>][asym]-<method>
+    w<bits>[g<group>][asym][a8]-<method>[-<transform>...]
 
     w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
     w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
+    w4g32a8-edge-smooth    4-bit weights in groups of 32 and int8 activations, after SmoothQuant
 
 and with `wmix<megabytes>mb` for `w<bits>` each projection gets bits of its own, so that all fits a budget:
 
@@ -18,27 +19,35 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from boa_edge.errors import UsageError
 from toolchain.grids import GridFormat, ScaleSearch
 from toolchain.methods import METHODS
 from toolchain.options import Options
+from toolchain.transforms.named import NAMES
 
 DEFAULT_RECIPE = "w4g32-edge"
 _NAME = re.compile(
     r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)"
     r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
 )
-_GRAMMAR = "w<bits>[g<group>][asym]-<method>, such as w4g32-edge, w3asym-gptq or w2asym-rtn"
+_GRAMMAR = (
+    "w<bits>[g<group>][asym][a8]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or w4g32a8-edge-smooth; "
+    "wmix<megabytes>mb in place of w<bits> fits a budget"
+)
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 class WeightFormat(_Frozen):
@@ -70,6 +79,21 @@ class EmbeddingFormat(_Frozen):
     group_size: int | None = Field(default=32, ge=_SMALLEST_GROUP, le=_LARGEST_GROUP)
 
 
+class ActivationChoice(_Frozen):
+    """How the inputs of the quantized linears are quantized.
+
+    Attributes:
+        scheme: as the runtime does it (`toolchain.activations`). `per_block`: ONNX Runtime's int4 kernel; `per_token`:
+            ExecuTorch on XNNPACK; `static_int8`, `static_uint8`: graphs for NPUs.
+        budget: by how much int8 activations may raise the KL, relative to that of the weights alone; where it would be
+            more, the linears that cost most keep floating-point activations. Null: whatever it costs.
+    """
+
+    scheme: Literal["per_block", "per_token", "per_row", "static_int8", "static_uint8"] = "per_block"
+    bits: Literal[8] = 8
+    budget: float | None = Field(default=0.1, ge=0)
+
+
 class CalibrationSize(_Frozen):
     """How much text the statistics see, and how much is held out to evaluate on.
 
@@ -94,7 +118,9 @@ class Recipe(_Frozen):
         scale_search: how grids are chosen; null takes the method's own (minmax for rtn, hessian for the others).
         round_scales: round scales to bfloat16 before the codes are solved, so that every runtime holds them exactly.
         damping: added to the diagonal of each Hessian, relative to its mean.
-        seed: of text that the model writes itself.
+        activations: null leaves them in floating point.
+        transforms: by name (`toolchain.transforms.named`), in this order, before anything is quantized.
+        seed: of text that the model writes itself, and of rotations.
     """
 
     method: str
@@ -104,6 +130,8 @@ class Recipe(_Frozen):
     round_scales: bool = True
     damping: float = Field(default=0.01, gt=0, le=1)
     solver: Options | None = None
+    activations: ActivationChoice | None = None
+    transforms: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     calibration: CalibrationSize = CalibrationSize()
     seed: int = Field(default=0, ge=0)
 
@@ -111,6 +139,11 @@ class Recipe(_Frozen):
     def _known_method(self) -> Recipe:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; accepted: {', '.join(METHODS)}")
+        for name in self.transforms:
+            if name not in NAMES:
+                raise ValueError(f"transform {name!r} is unknown; accepted: {', '.join(NAMES)}")
+        if len(set(self.transforms)) != len(self.transforms):
+            raise ValueError(f"transforms {', '.join(self.transforms)}: one comes twice")
         if self.search == "hessian" and not METHODS[self.method].options:
             raise ValueError(f"scale_search 'hessian' needs statistics, and method {self.method!r} collects none")
         return self
@@ -139,7 +172,8 @@ class Recipe(_Frozen):
         asym = "" if self.weights.symmetric else "asym"
         budget = self.weights.budget_mb
         bits = self.weights.bits if budget is None else f"mix{budget:.10g}mb"
-        return f"w{bits}{group}{asym}-{self.method}"
+        a8 = "" if self.activations is None else "a8"
+        return "-".join([f"w{bits}{group}{asym}{a8}", self.method, *self.transforms])
 
     def with_method(self, method: str) -> Recipe:
         """The same formats by another method, with that method's own grid search where none was chosen."""
@@ -161,18 +195,18 @@ def load_recipe(recipe: str) -> Recipe:
     match = _NAME.fullmatch(recipe)
     if match is None:
         raise UsageError(f"unknown recipe {recipe!r}", fix=f"A recipe is a YAML file or a name: {_GRAMMAR}")
-    if match["rest"]:
-        raise UsageError(f"recipe {recipe!r}: no transform {match['rest'][1:]!r} in this version", fix=_GRAMMAR)
-    if match["a8"]:
-        fix = "This version chooses the activations' precision at export (--activations int8, the default)"
-        raise UsageError(f"recipe {recipe!r}: int8 activations (a8) cannot be simulated yet", fix=fix)
     weights = {
         "bits": int(match["bits"]) if match["bits"] else "auto",
         "budget_mb": float(match["budget"]) if match["budget"] else None,
         "group_size": int(match["group"]) if match["group"] else None,
         "symmetric": match["asym"] is None,
     }
-    return parse_recipe({"method": match["method"], "weights": weights}, f"recipe {recipe!r}")
+    document: dict[str, Any] = {"method": match["method"], "weights": weights}
+    if match["a8"]:
+        document["activations"] = {}
+    if match["rest"]:
+        document["transforms"] = match["rest"][1:].split("-")
+    return parse_recipe(document, f"recipe {recipe!r}")
 
 
 def _from_file(path: Path) -> Recipe:
@@ -216,6 +250,8 @@ def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
     models: dict[str, type[BaseModel]] = {
         "weights": WeightFormat,
         "embedding": EmbeddingFormat,
+        "activations": ActivationChoice,
+        "solver": Options,
         "calibration": CalibrationSize,
     }
     parent = models.get(str(location[0]), Recipe) if len(location) > 1 else Recipe

@@ -15,6 +15,7 @@ from boa_edge.errors import UsageError
 from boa_edge.files import read_json, write_json
 from boa_edge.progress import say, track
 from toolchain import distributed
+from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import Item, allocate, check_budget, module_bytes
 from toolchain.block import BlockRunner, Stream
 from toolchain.entry import decoder_layers, entry, own_attention
@@ -57,6 +58,7 @@ def quantize_model(
     resume: ResumeFile | None = None,
     sequence_weights: Tensor | None = None,
     spill: Path | None = None,
+    activations: ActivationPlan | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it was.
 
@@ -65,6 +67,7 @@ def quantize_model(
         resume: where finished blocks are kept, and taken from.
         sequence_weights: [n], how much each sequence counts, mean 1; None for all alike.
         spill: directory for activations, in files that are mapped into memory; None keeps them in memory.
+        activations: how the linears' inputs are quantized; the statistics are of what comes in then.
 
     Raises:
         ArithmeticError: a Hessian that no damping mends.
@@ -81,7 +84,7 @@ def quantize_model(
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
-            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill))
+            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill), activations)
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
             last = index + 1 == len(blocks)
             bits = {} if planned is None else {role: planned[part.module] for role, part in names.parts().items()}
@@ -242,8 +245,9 @@ class _Texts:
         sequence_weights: Tensor | None,
         options: Options,
         keep: Spill,
+        activations: ActivationPlan | None = None,
     ) -> None:
-        self._source = source
+        self._source, self._activations = source, activations
         self._arguments, embed = entry(source.model, sequences.shape[1])
         batches = sequences.split(_BATCH)
         own = distributed.share(len(batches))
@@ -278,6 +282,7 @@ class _Texts:
             self._arguments[index],
             index=index,
             head_norms={role: model.get_submodule(name) for role, name in names.head_norms().items()},
+            activations=self._activations,
         )
         return self._runner
 

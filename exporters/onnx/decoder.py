@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -15,11 +16,13 @@ from exporters.onnx.attention import attend, attention_bias
 from exporters.onnx.embedding import float_embedding, quantized_embedding, tied_embedding, tied_float_head
 from exporters.onnx.graph import GraphBuilder, scope
 from exporters.onnx.kernels import Carrier, carrier
-from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
+from exporters.onnx.linears import add_bias, float_linear, precise_linear, quantized_linear, store
 from exporters.onnx.norm import rms_norm
+from exporters.onnx.online import OnlineProducts
 from exporters.onnx.rope import Rotation, rotate, rotation
 from toolchain.checkpoint import Checkpoint
 from toolchain.families import LayerNames
+from toolchain.transforms import online_products
 
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -29,6 +32,7 @@ class DecoderBuilder:
     """Writes one decoder into `g`.
 
     Attributes:
+        activations: of the quantized linears but for those that the checkpoint keeps in floating point.
         linears: how the codes of each quantized linear are carried, by module name; filled while building.
     """
 
@@ -54,10 +58,12 @@ class DecoderBuilder:
         turn = rotation(g, position_ids, spec)
         bias = attention_bias(g, input_ids, attention_mask)
         x, head = self._embedding(input_ids)
+        x = self._online.at(x, spec.embedding, "output", spec.hidden_size, scope(spec.embedding))
         presents = []
         for names, past in track(list(zip(spec.layer_names, pasts, strict=True)), "writing layers"):
             x, present = self._layer(x, names, turn, bias, past)
             presents.append(present)
+        x = self._online.at(x, spec.final_norm, "input", spec.hidden_size, scope(spec.final_norm))
         x = self._norm(x, spec.final_norm)
         g.output(head(x), "logits", _FLOAT, ["batch", "sequence", spec.vocab_size])
         grown: list[int | str] = ["batch", spec.kv_heads, "total", spec.head_dim]
@@ -73,6 +79,9 @@ class DecoderBuilder:
         q, k, v = (self._linear(h, name) for name in (names.q, names.k, names.v))
         q = rotate(g, q, turn, spec.heads, scope(names.q))
         k = rotate(g, k, turn, spec.kv_heads, scope(names.k))
+        attention = names.q.rpartition(".")[0]
+        q = self._online.at(q, attention, "query_key", spec.heads * spec.head_dim, scope(names.q))
+        k = self._online.at(k, attention, "query_key", spec.kv_heads * spec.head_dim, scope(names.k))
         context, keys, values = attend(g, q, k, v, bias, past, spec, scope(names.q).rpartition("/")[0])
         x = self._add(x, self._linear(context, names.o), names.o)
         h = self._norm(x, names.mlp_norm)
@@ -82,6 +91,7 @@ class DecoderBuilder:
         sigmoid = g.op("Sigmoid", [gate], f"{path}/silu/Sigmoid")
         gate = g.op("Mul", [gate, sigmoid], f"{path}/silu/Mul")
         product = g.op("Mul", [gate, up], f"{path}/Mul")
+        product = self._online.at(product, names.down, "input", spec.intermediate_size, scope(names.down))
         return self._add(x, self._linear(product, names.down), names.down), (keys, values)
 
     def _add(self, x: ir.Value, y: ir.Value, module: str) -> ir.Value:
@@ -93,13 +103,26 @@ class DecoderBuilder:
     def _linear(self, x: ir.Value, module: str) -> ir.Value:
         if self.checkpoint.is_quantized(module):
             weight = self.checkpoint.quantized(module)
-            chosen = self.linears[module] = carrier(weight.bits, weight.group_size, self.activations)
-            y = quantized_linear(self.g, x, module, store(self.g, module, weight, chosen))
+            activations = self._activations(module)
+            chosen = self.linears[module] = carrier(weight.bits, weight.group_size, activations)
+            if activations != self.activations and chosen.fused:
+                y = precise_linear(self.g, x, module, weight)
+            else:
+                y = quantized_linear(self.g, x, module, store(self.g, module, weight, chosen))
         else:
             y = float_linear(self.g, x, module, self._float(f"{module}.weight"))
         if self.checkpoint.has(f"{module}.bias"):
             y = add_bias(self.g, y, module, self._float(f"{module}.bias"))
         return y
+
+    def _activations(self, module: str) -> Activations:
+        """The precision of a linear's inputs: of all alike, but for those that the checkpoint spares."""
+        plan = self.checkpoint.activations
+        return "float32" if plan is not None and module in plan.kept else self.activations
+
+    @cached_property
+    def _online(self) -> OnlineProducts:
+        return OnlineProducts(self.g, online_products(self.checkpoint.spec, self.checkpoint.transforms))
 
     def _embedding(self, ids: ir.Value) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
         """The embedded tokens, and the function that later turns the last hidden state into logits."""
@@ -109,7 +132,7 @@ class DecoderBuilder:
             if not spec.tied_embeddings:
                 return quantized_embedding(g, ids, spec.embedding, table), lambda x: self._linear(x, spec.head)
             # Gather reads no type below a byte, and the table shall be stored once: 8 bits for both of its uses.
-            chosen = self.linears[spec.head] = carrier(8, table.group_size, self.activations)
+            chosen = self.linears[spec.head] = carrier(8, table.group_size, self._activations(spec.head))
             stored = store(g, spec.head, table, chosen)
             x = tied_embedding(g, ids, spec.embedding, stored)
             return x, lambda x: quantized_linear(g, x, spec.head, stored)

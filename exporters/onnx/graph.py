@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,12 +26,14 @@ class GraphBuilder:
     """Collects nodes and initializers. Large tensors go to `weights` at once; what is below a page stays in the graph.
 
     Attributes:
-        opset: version of the standard operator set. No other domain is used.
+        opset: version of the standard operator set.
+        domains: versions of the other operator sets that are used; none where it can be avoided.
     """
 
     def __init__(self, weights: WeightFile, opset: int) -> None:
         self.weights = weights
         self.opset = opset
+        self.domains: dict[str, int] = {}
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -51,11 +54,28 @@ class GraphBuilder:
         """Append a node with one output."""
         return self.ops(kind, inputs, name, 1, **attributes)[0]
 
+    def contrib(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object) -> ir.Value:
+        """Append a node of ONNX Runtime's own operator set."""
+        self.domains["com.microsoft"] = 1
+        return self._append("com.microsoft", kind, inputs, name, 1, attributes)[0]
+
     def ops(
         self, kind: str, inputs: Sequence[ir.Value | None], name: str, outputs: int, **attributes: object
     ) -> tuple[ir.Value, ...]:
         """Append a node with several outputs; `name` is its path, e.g. `/model/layers.0/self_attn/q_proj/MatMul`."""
-        node = ir.node(kind, inputs, attributes, num_outputs=outputs, name=name)  # type: ignore[arg-type]
+        return self._append("", kind, inputs, name, outputs, attributes)
+
+    def _append(
+        self,
+        domain: str,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        outputs: int,
+        attributes: dict[str, object],
+    ) -> tuple[ir.Value, ...]:
+        given: dict[str, Any] = attributes
+        node = ir.node(kind, inputs, given, domain=domain, num_outputs=outputs, name=name)
         for index, value in enumerate(node.outputs):
             value.name = f"{name}_output_{index}"
         self._nodes.append(node)
@@ -104,7 +124,7 @@ class GraphBuilder:
             self._outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": self.opset},
+            opset_imports={"": self.opset, **self.domains},
             name="decoder",
         )
         # INT2 exists since IR version 13; opset 23 came with 11.

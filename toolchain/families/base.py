@@ -63,6 +63,11 @@ class LayerNames:
         """The modules that hold them, each once."""
         return tuple(dict.fromkeys(part.module for part in self.parts().values()))
 
+    def norms(self) -> tuple[str, ...]:
+        """All norms of the block."""
+        found = (self.attention_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm)
+        return tuple(name for name in (*found, self.q_norm, self.k_norm) if name)
+
     def head_norms(self) -> dict[str, str]:
         """The norms of q and k, by role."""
         return {role: name for role, name in (("q", self.q_norm), ("k", self.k_norm)) if name}

@@ -23,7 +23,7 @@ from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
 
 STRENGTHS = tuple(step / 10 for step in range(11))
 _SMALLEST_MAXIMUM = 1e-5  # as in SmoothQuant's code
-_LARGEST_SCALE = 2.0**8
+_LARGEST_SCALE = 2.0**12
 
 
 @dataclass(frozen=True, eq=False)

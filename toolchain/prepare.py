@@ -1,0 +1,177 @@
+"""What is done to a model before it is quantized: outliers are taken out of its activations, its function unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.progress import say
+from toolchain import distributed
+from toolchain.activations import ActivationFormat, RangeObserver, simulate
+from toolchain.activations.plan import ActivationPlan
+from toolchain.block import BlockRunner
+from toolchain.families import LayerNames
+from toolchain.grids import GridFormat
+from toolchain.loading import SourceModel
+from toolchain.outliers import Outliers, Visit, observe
+from toolchain.recipe import Recipe
+from toolchain.transforms import Pair, Smooth, Transform, apply, refusal, scale_shape, value_sharing
+from toolchain.transforms.named import ROTATIONS, SMOOTH
+from toolchain.transforms.smooth_search import search_smoothing
+
+_SEQUENCES = 8  # of calibration text that is looked at
+_SAMPLES = 512  # tokens on which a smoothing strength is tried
+_CHECKED_TOKENS = 32
+_LARGEST_DRIFT = 1e-3  # of log-probabilities, in float32
+
+# By pair: where its input is looked at, the roles that read it, and the role whose rows take up its scales. Those with
+# such a role come first: the norms' scales are searched for on the weights that these leave.
+_PAIRS: dict[Pair, tuple[str, tuple[str, ...], str | None]] = {
+    "v_o": ("o", ("o",), "v"),
+    "up_down": ("down", ("down",), "up"),
+    "attention_norm": ("q", ("q", "k", "v"), None),
+    "mlp_norm": ("up", ("gate", "up"), None),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to be quantized.
+
+    Attributes:
+        source: computes what the original does.
+        transforms: what it has gone through, in order.
+        activations: how its linears' inputs will be quantized; None: not at all.
+        before, after: what the linears take in, in the original and now; empty where nobody asked.
+        notes: what was left out and why.
+    """
+
+    source: SourceModel
+    transforms: list[Transform] = field(default_factory=list)
+    activations: ActivationPlan | None = None
+    before: list[Outliers] = field(default_factory=list)
+    after: list[Outliers] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
+    """Transform a model as the recipe says, and plan its activations.
+
+    Args:
+        sequences: calibration tokens int64 [n, length].
+
+    Raises:
+        BoaEdgeError: a transform and the model do not go together, or it has changed what the model computes.
+    """
+    if not recipe.transforms and recipe.activations is None:
+        return Prepared(source)
+    rows = sequences[:_SEQUENCES]
+    expected = _answers(source, rows)
+    before = distributed.from_main(lambda: observe(source, rows, _ignore, "looking at activations"))
+    transforms: list[Transform] = []
+    notes: list[str] = []
+    for name in recipe.transforms:
+        step = [_smoothing(source, recipe, rows)] if name == SMOOTH else ROTATIONS[name](recipe.seed)
+        source, told = apply(source, step)
+        transforms += step
+        notes += told
+    for note in notes:
+        say(f"note: {note}")
+    if recipe.transforms:
+        drift = float((_answers(source, rows) - expected).abs().max())
+        if not drift < _LARGEST_DRIFT:
+            names = ", ".join(recipe.transforms)
+            problem = f"{names}: the transformed model's log-probabilities are off by {drift:.2g}"
+            raise BoaEdgeError(problem, where="transforms", fix="Leave the transform out, and report this")
+    plan = _plan(source, recipe)
+    after = before
+    if recipe.transforms or (plan is not None and plan.format.needs_range):
+        ranges: dict[str, tuple[float, float]] = {}
+        visit = _static_ranges(plan, ranges) if plan is not None and plan.format.needs_range else _ignore
+        after, ranges = distributed.from_main(lambda: (observe(source, rows, visit, "looking again"), ranges))
+        plan = plan and replace(plan, ranges=ranges)
+    return Prepared(source, transforms, plan, before, after, notes)
+
+
+def _answers(source: SourceModel, rows: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits = source.model(rows[:1, :_CHECKED_TOKENS], use_cache=False).logits
+    return torch.log_softmax(logits.to(torch.float64), -1)
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def _plan(source: SourceModel, recipe: Recipe) -> ActivationPlan | None:
+    if recipe.activations is None:
+        return None
+    sizes: dict[str, int | None] = dict.fromkeys(source.spec.linear_inputs(), recipe.weights.group_size)
+    form = ActivationFormat(recipe.activations.scheme, recipe.activations.bits)
+    if recipe.embedding is not None and not form.needs_range:  # graphs with static activations leave the head alone
+        sizes[source.spec.head] = recipe.embedding.group_size
+    return ActivationPlan(form, sizes)
+
+
+def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> Transform:
+    return distributed.from_main(lambda: _searched(source, recipe, rows))
+
+
+def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
+    """Scales of every pair that folds away, each of the strength that its own errors ask for."""
+    spec, fmt = source.spec, recipe.grid_format
+    chosen = recipe.activations
+    scheme = ActivationFormat("per_block" if chosen is None else chosen.scheme)
+
+    def quantized(x: Tensor) -> Tensor:
+        narrow = x.to(torch.float32)
+        limits = (float(x.min()), float(x.max())) if scheme.needs_range else None
+        return simulate(narrow, scheme, group_size=fmt.group_size, static_range=limits).to(x.dtype)
+
+    scales: dict[tuple[int, Pair], Tensor] = {}
+
+    def visit(index: int, names: LayerNames, runner: BlockRunner, inputs: Mapping[str, Tensor]) -> None:
+        weights = {role: runner.original(role) for role in runner.parts}
+        for pair, (place, readers, writer) in _PAIRS.items():
+            if refusal(spec, pair) is not None:
+                continue
+            weight = torch.cat([weights[role] for role in readers if role in weights])
+            shared = value_sharing(spec) if pair == "v_o" else None
+            scale = _search(weight, inputs[place], fmt, quantized, shared)
+            scales[index, pair] = scale.view(scale_shape(spec, index, pair))
+            if writer is not None:
+                weights[writer] = weights[writer] / scale.to(weights[writer])[:, None]
+
+    observe(source, rows, visit, "searching for smoothing scales")
+    return Smooth(scales)
+
+
+def _search(
+    weight: Tensor, x: Tensor, fmt: GridFormat, quantized: Callable[[Tensor], Tensor], shared: Tensor | None
+) -> Tensor:
+    spread = torch.linspace(0, len(x) - 1, min(_SAMPLES, len(x))).round().to(torch.int64)
+    wide = x.to(torch.float64)
+    hessian = 2 * wide.mT @ wide / len(wide)
+    return search_smoothing(weight, hessian, x.abs().amax(0), x[spread], fmt, quantized, shared=shared).scales
+
+
+def _static_ranges(plan: ActivationPlan, ranges: dict[str, tuple[float, float]]) -> Visit:
+    """Fills in the range of every module's inputs, with the least squared error for the text at hand."""
+
+    def visit(index: int, names: LayerNames, runner: BlockRunner, inputs: Mapping[str, Tensor]) -> None:
+        of = {"q": "q", "k": "q", "v": "q", "gate": "up"}
+        for role, part in names.parts().items():
+            if part.module in plan.group_sizes and part.module not in ranges:
+                ranges[part.module] = _range(inputs[of.get(role, role)], plan)
+
+    return visit
+
+
+def _range(x: Tensor, plan: ActivationPlan) -> tuple[float, float]:
+    observer = RangeObserver()
+    observer.update(x)
+    return observer.range("mse", signed=plan.format.scheme == "static_int8")

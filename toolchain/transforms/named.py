@@ -1,0 +1,21 @@
+"""The transforms that a recipe can name, in the order in which they are legal: rotations first, then smoothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from toolchain.transforms.base import Transform
+from toolchain.transforms.online import RotateDown, RotateQueryKey
+from toolchain.transforms.rotate import RotateResidual, RotateValues
+
+SMOOTH = "smooth"
+
+# A new rotation is one line here. Smoothing is not: its scales are searched for on the model.
+ROTATIONS: dict[str, Callable[[int], list[Transform]]] = {
+    "rotate": lambda seed: [RotateResidual(seed), RotateValues(seed)],
+    "rotateuntied": lambda seed: [RotateResidual(seed, "untied"), RotateValues(seed)],
+    "rotateheads": lambda seed: [RotateValues(seed)],
+    "rotatekeys": lambda seed: [RotateQueryKey(seed)],
+    "rotatedown": lambda seed: [RotateDown()],
+}
+NAMES = (SMOOTH, *ROTATIONS)
