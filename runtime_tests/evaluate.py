@@ -16,9 +16,11 @@ from boa_edge.progress import say
 from exporters.bundle import Bundle
 from exporters.onnx.session import OnnxDecoder
 from toolchain.checkpoint import Checkpoint
+from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source, load_tokenizer
 from toolchain.metrics import Logits, evaluate_logits
 from toolchain.text import read_text, sequences, tokenize
+from toolchain.transforms import install_runtime
 
 _CONTEXT = 512
 
@@ -114,7 +116,10 @@ def _checkpoint(path: Path) -> _Subject:
     except RuntimeError as error:
         problem = f"tensors do not fit the configuration ({' '.join(str(error).split())[:200]})"
         raise BoaEdgeError(problem, where=path, fix="Quantize the model again") from None
-    return _Subject("checkpoint", lambda ids: model(ids, use_cache=False).logits, load_tokenizer(path))
+    install_runtime(model, checkpoint.spec, checkpoint.transforms)
+    return _Subject(
+        "checkpoint", FakeQuantized(model, checkpoint.spec, {}, checkpoint.activations).logits, load_tokenizer(path)
+    )
 
 
 def _bundle(path: Path) -> _Subject:

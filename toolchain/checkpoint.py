@@ -17,6 +17,7 @@ from torch import Tensor
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, write_json
+from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.families import DecoderSpec, describe
 from toolchain.packing import pack, scheme, unpack
@@ -25,8 +26,11 @@ from toolchain.transforms.base import Transform
 from toolchain.transforms.record import from_record, to_record
 
 ACTIVATIONS = "activations.json"
+KV_CACHE = "kv_cache.json"
 TRANSFORMS = "transforms.json"
 _TRANSFORM_TENSORS = "transforms.safetensors"
+# A type that `transformers` refuses: it would compute with the weights alone and be silently wrong.
+_ROTATED, _MODEL_TYPE = "boa_edge_rotated", "boa_edge_model_type"
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -37,12 +41,15 @@ def write_weights(
     quantized: Mapping[str, QuantizedWeight],
     floats: Mapping[str, Tensor],
     scale_dtype: torch.dtype,
+    *,
+    owes_products: bool = False,
 ) -> None:
     """Write `config.json`, `model.safetensors` and `embedding.safetensors`.
 
     Args:
         quantized: by module name; may hold the embedding table.
         floats: every other parameter by its full name, in the dtype to store.
+        owes_products: the model computes products that its class does not know of; other tools have to refuse it.
     """
     tensors = {name: tensor.contiguous() for name, tensor in floats.items()}
     groups: dict[str, tuple[QuantizedWeight, list[str]]] = {}
@@ -68,6 +75,8 @@ def write_weights(
         "config_groups": config_groups,
         "ignore": [] if spec.head in quantized else [spec.head],
     }
+    if owes_products:
+        config = {**config, "model_type": _ROTATED, _MODEL_TYPE: config["model_type"]}
     write_json(directory / "config.json", {**config, "quantization_config": quantization})
 
 
@@ -97,6 +106,8 @@ class Checkpoint:
         if not path.is_dir():
             raise BoaEdgeError("no such quantized checkpoint", where=path, fix="Make one with `boa-edge quantize`")
         self.config: dict[str, Any] = read_json(path / "config.json", "the model configuration")
+        if self.config.get("model_type") == _ROTATED:
+            self.config["model_type"] = self.config.pop(_MODEL_TYPE, None)
         quantization = self.config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("format") != "pack-quantized":
             raise BoaEdgeError(
@@ -142,6 +153,14 @@ class Checkpoint:
         if not path.exists():
             return None
         return ActivationPlan.from_document(read_json(path, "the activation plan"), path)
+
+    @cached_property
+    def kv_cache(self) -> CachePlan | None:
+        """How keys and values are kept; None: in floating point."""
+        path = self.path / KV_CACHE
+        if not path.exists():
+            return None
+        return CachePlan.from_document(read_json(path, "the plan for the cache"), self.spec, path)
 
     @cached_property
     def transforms(self) -> list[Transform]:

@@ -22,7 +22,7 @@ from toolchain import distributed
 from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import check_budget
 from toolchain.calibration import Calibration, kept_text, load_calibration
-from toolchain.checkpoint import ACTIVATIONS, write_transforms, write_weights
+from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, write_transforms, write_weights
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.guard import Guarded, guard
 from toolchain.loading import SourceModel, load_source
@@ -33,7 +33,7 @@ from toolchain.prepare import Prepared, prepare
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from toolchain.resume import ResumeFile
 from toolchain.run import QuantizedModel, quantize_model
-from toolchain.transforms import transforms_of
+from toolchain.transforms import online_products, to_record, transforms_of
 
 _PROMPT = "The capital of France is"
 _REFERENCE_TOKENS = 96
@@ -127,8 +127,8 @@ def quantize(
         lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
     )
     others = [chosen.with_method(method) for method in compare if method != chosen.method]
-    unfinished = [_resume_file(output, source, each, text) for each in (*others, chosen)]
     prepared = prepare(source, chosen, text.sequences)
+    unfinished = [_resume_file(output, prepared, each, text) for each in (*others, chosen)]
     rows = [_quantize_and_score(prepared, *each, text, spill).row for each in zip(others, unfinished, strict=False)]
     own = _quantize_and_score(prepared, chosen, unfinished[-1], text, spill)
     rows.append(own.row)
@@ -158,12 +158,16 @@ def _check_groups(source: SourceModel, recipe: Recipe) -> None:
                 raise UsageError(problem, where=field, fix=fix)
 
 
-def _resume_file(output: Path, source: SourceModel, recipe: Recipe, text: Calibration) -> ResumeFile | None:
+def _resume_file(output: Path, prepared: Prepared, recipe: Recipe, text: Calibration) -> ResumeFile | None:
     """Where this run keeps its finished blocks; none for a method that takes seconds, nor on other ranks."""
     if recipe.options is None or not distributed.is_main():
         return None
+    document, tensors = to_record(prepared.transforms)
     identity = {
-        "model": source.files,
+        "model": prepared.source.files,
+        "transforms": document,
+        "transforms' tensors": torch.cat([*(each.flatten() for each in tensors.values()), torch.zeros(0)]),
+        "activations": None if prepared.activations is None else prepared.activations.to_document(),
         "recipe": recipe.model_dump(),
         "calibration": text.sequences,
         "weights": text.weights,
@@ -201,7 +205,7 @@ def _quantize_and_score(
         budget = recipe.activations.budget
         guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.sequences, budget))
     seconds = time.monotonic() - start
-    fidelity = distributed.from_main(lambda: _score(source, recipe, quantized, guarded, text))
+    fidelity = distributed.from_main(lambda: _score(prepared, recipe, quantized, guarded, text))
     assert fidelity.kl is not None
     assert fidelity.top1 is not None
     assert fidelity.reference_perplexity is not None
@@ -220,9 +224,10 @@ def _quantize_and_score(
 
 
 def _score(
-    source: SourceModel, recipe: Recipe, quantized: QuantizedModel, guarded: Guarded | None, text: Calibration
+    prepared: Prepared, recipe: Recipe, quantized: QuantizedModel, guarded: Guarded | None, text: Calibration
 ) -> Fidelity:
-    fake = FakeQuantized(source.model, source.spec, quantized.weights, None if guarded is None else guarded.plan)
+    source, plan = prepared.source, None if guarded is None else guarded.plan
+    fake = FakeQuantized(source.model, source.spec, quantized.weights, plan, prepared.cache)
     return evaluate_logits(
         fake.logits,
         text.held_out,
@@ -272,14 +277,18 @@ def _write(
     source, quantized = prepared.source, own.quantized
     scale_dtype = torch.bfloat16 if recipe.round_scales else torch.float32
     floats = _float_parameters(source, quantized)
-    write_weights(directory, source.config, source.spec, quantized.weights, floats, scale_dtype)
+    # R3 alone cancels: queries and keys are turned alike.
+    owes = any(product.kind != "r3" for product in online_products(source.spec, prepared.transforms))
+    write_weights(directory, source.config, source.spec, quantized.weights, floats, scale_dtype, owes_products=owes)
     write_transforms(directory, prepared.transforms)
     if own.activations is not None:
         write_json(directory / ACTIVATIONS, own.activations.to_document())
+    if prepared.cache is not None:
+        write_json(directory / KV_CACHE, prepared.cache.to_document())
     source.tokenizer.save_pretrained(directory)
     write_json(directory / "generation_config.json", source.generation_config)
     write_text(directory / "recipe.yaml", recipe.to_yaml())
-    save_file(_reference(source, text, own), directory / "reference.safetensors")
+    save_file(_reference(prepared, text, own), directory / "reference.safetensors")
     provenance = {
         "schema_version": 1,
         "created_by": f"boa-edge {__version__}",
@@ -301,6 +310,7 @@ def _write(
         },
         "transforms": {"names": list(recipe.transforms), "notes": prepared.notes},
         "activations": None if own.guarded is None else own.guarded.to_document(),
+        "kv_cache": prepared.cache_statistics,
         "outliers": {"before": as_documents(prepared.before), "after": as_documents(prepared.after)},
         "seconds": round(seconds, 1),
         "peak_mb": rows[-1].peak_mb,
@@ -308,10 +318,11 @@ def _write(
     write_json(directory / "provenance.json", provenance)
 
 
-def _reference(source: SourceModel, text: Calibration, own: _Scored) -> dict[str, torch.Tensor]:
+def _reference(prepared: Prepared, text: Calibration, own: _Scored) -> dict[str, torch.Tensor]:
     """Logits and greedy tokens of the original and of the fake-quantized model, to hold a device against."""
+    source = prepared.source
     original = FakeQuantized(source.model, source.spec, {})
-    fake = FakeQuantized(source.model, source.spec, own.quantized.weights, own.activations)
+    fake = FakeQuantized(source.model, source.spec, own.quantized.weights, own.activations, prepared.cache)
     tokens = text.held_out[0, :_REFERENCE_TOKENS]
     prompt = torch.tensor(source.tokenizer(_PROMPT)["input_ids"], dtype=torch.int64)
     with torch.inference_mode():

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json
 from exporters import Bundle, export
 from exporters.onnx.session import OnnxDecoder
+from runtime_tests.evaluate import evaluate
 from toolchain.activations import ActivationFormat, per_block
 from toolchain.activations.plan import ActivationPlan
 from toolchain.checkpoint import Checkpoint
@@ -95,6 +96,36 @@ def test_a_checkpoint_holds_all_that_its_logits_depend_on(
     assert not changed
     outliers = checkpoint.provenance["outliers"]
     assert len(outliers["before"]) == len(outliers["after"]) == 4 * 2 + 1
+
+
+def test_other_tools_load_what_they_can_compute_and_refuse_the_rest(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for name, refused in (("smooth", False), ("untied", False), ("rotate", True)):
+        fields = {**RECIPES[name], "activations": None}
+        checkpoint = quantized(tiny_model, tmp_path / name, text_file, **fields)
+        if refused:
+            with pytest.raises(ValueError, match="boa_edge_rotated"):
+                AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32)
+            continue
+        loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+        reference = load_file(checkpoint.path / "reference.safetensors")
+        with torch.no_grad():
+            logits = loaded(reference["tokens"][None]).logits[0]
+        assert torch.allclose(logits, reference["quantized_logits"], atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["all", "smooth"])
+def test_a_checkpoint_is_evaluated_as_it_was_scored(
+    name: str, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    checkpoint = quantized(tiny_model, tmp_path / "ckpt", text_file, **RECIPES[name])
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text()[:600])
+    found = evaluate(str(checkpoint.path), text, reference=str(tiny_model))
+    plain = quantized(tiny_model, tmp_path / "plain", text_file)
+    beside = evaluate(str(plain.path), text, reference=str(tiny_model))
+    assert found.as_dict()["kl"] < 3 * beside.as_dict()["kl"]
 
 
 def _codes(checkpoint: Checkpoint) -> Tensor:
