@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.families import DecoderSpec
 from toolchain.loading.streamed import streamed_blocks
@@ -22,6 +23,7 @@ class FakeQuantized:
     Args:
         weights: codes by module name, as `quantize_model` returns them.
         activations: how the inputs of the linears are quantized; None leaves them in floating point.
+        cache: how keys and values are kept; None leaves them in floating point.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class FakeQuantized:
         spec: DecoderSpec,
         weights: Mapping[str, QuantizedWeight],
         activations: ActivationPlan | None = None,
+        cache: CachePlan | None = None,
     ) -> None:
-        self._model, self._activations = model, activations
+        self._model, self._spec, self._activations, self._cache = model, spec, activations, cache
         self._weights, self._blocks = weights, streamed_blocks(model)
         inside = set() if self._blocks is None else self._blocks.modules  # replaced while they are read
         self._parameters = {f"{name}.weight": weights[name].dequantize() for name in weights if name not in inside}
@@ -48,6 +51,8 @@ class FakeQuantized:
                 stack.enter_context(self._blocks.replaced(self._weights))
             if self._activations is not None:
                 stack.enter_context(self._activations.installed(self._model))
+            if self._cache is not None:
+                stack.enter_context(self._cache.installed(self._model, self._spec))
             return functional_call(self._model, self._parameters, (tokens,), arguments, tie_weights=False)
 
     def greedy(self, prompt: Tensor, count: int) -> Tensor:

@@ -18,6 +18,7 @@ from toolchain.block import BlockRunner, Stream
 from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
 from toolchain.loading import SourceModel
+from toolchain.statistics.attention import Handler
 
 # What several projections take in is looked at once, under the name of the first.
 PLACES = {"q": "attention", "o": "o", "up": "mlp", "down": "down"}
@@ -25,6 +26,10 @@ _BATCH = 2
 
 # Layer, names of its parts, its runner, and what comes in at each of PLACES, [tokens, in].
 Visit = Callable[[int, LayerNames, BlockRunner, Mapping[str, Tensor]], None]
+
+
+# Queries [B, H, L, hd], keys and values [B, G, L, hd]; after RoPE, before R3.
+Heads = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,14 @@ def measure_outliers(layer: int, place: str, x: Tensor) -> Outliers:
     return Outliers(layer, place, float(wide.abs().max()), float(wide.square().mean().sqrt()), kurtosis)
 
 
-def observe(source: SourceModel, sequences: Tensor, visit: Visit, title: str) -> list[Outliers]:
+def observe(
+    source: SourceModel, sequences: Tensor, visit: Visit, title: str, heads: Heads | None = None
+) -> list[Outliers]:
     """Run a text through a model at full precision; every block's inputs go to `visit` before the next is run.
 
     Args:
         sequences: tokens int64 [n, length].
+        heads: shown every batch's queries, keys and values, before `visit` is called for their block.
     """
     found: list[Outliers] = []
     model, spec = source.model, source.spec
@@ -72,7 +80,7 @@ def observe(source: SourceModel, sequences: Tensor, visit: Visit, title: str) ->
                 )
                 seen: dict[str, list[Tensor]] = {role: [] for role in PLACES}
                 for batch in range(len(text.hidden)):
-                    taps = runner.run(text, batch, final=False, inputs=tuple(PLACES))
+                    taps = runner.run(text, batch, final=False, inputs=tuple(PLACES), attention=_shown(heads))
                     assert taps.hidden is not None
                     text.following.append(taps.hidden)
                     for role, x in taps.inputs.items():
@@ -84,6 +92,16 @@ def observe(source: SourceModel, sequences: Tensor, visit: Visit, title: str) ->
         norm: Any = model.get_submodule(spec.final_norm)
         found.append(measure_outliers(-1, "head", torch.cat([norm(x).flatten(0, 1) for x in text.hidden])))
     return found
+
+
+def _shown(heads: Heads | None) -> Callable[[Mapping[str, Tensor]], Handler] | None:
+    if heads is None:
+        return None
+
+    def handler(query: Tensor, key: Tensor, value: Tensor, *_: object) -> None:
+        heads(query, key, value)
+
+    return lambda _seen: handler
 
 
 def as_documents(found: list[Outliers]) -> list[dict[str, Any]]:

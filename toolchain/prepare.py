@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,26 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from toolchain import distributed
 from toolchain.activations import ActivationFormat, RangeObserver, simulate
+from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.block import BlockRunner
+from toolchain.cache_search import CacheCalibration, HeadSamples, search_key_smoothing
 from toolchain.families import LayerNames
 from toolchain.grids import GridFormat
 from toolchain.loading import SourceModel
-from toolchain.outliers import Outliers, Visit, observe
-from toolchain.recipe import Recipe
-from toolchain.transforms import Pair, Smooth, Transform, apply, refusal, scale_shape, value_sharing
+from toolchain.outliers import Outliers, observe
+from toolchain.recipe import CacheChoice, Recipe
+from toolchain.transforms import (
+    Pair,
+    Smooth,
+    Transform,
+    apply,
+    online_products,
+    refusal,
+    scale_shape,
+    transforms_of,
+    value_sharing,
+)
 from toolchain.transforms.named import ROTATIONS, SMOOTH
 from toolchain.transforms.smooth_search import search_smoothing
 
@@ -46,6 +59,8 @@ class Prepared:
         source: computes what the original does.
         transforms: what it has gone through, in order.
         activations: how its linears' inputs will be quantized; None: not at all.
+        cache: how its keys and values will be kept; None: in floating point.
+        cache_statistics: the ranges of keys and values, JSON-ready.
         before, after: what the linears take in, in the original and now; empty where nobody asked.
         notes: what was left out and why.
     """
@@ -53,13 +68,15 @@ class Prepared:
     source: SourceModel
     transforms: list[Transform] = field(default_factory=list)
     activations: ActivationPlan | None = None
+    cache: CachePlan | None = None
+    cache_statistics: dict[str, Any] | None = None
     before: list[Outliers] = field(default_factory=list)
     after: list[Outliers] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
-    """Transform a model as the recipe says, and plan its activations.
+    """Transform a model as the recipe says, and plan its activations and its cache.
 
     Args:
         sequences: calibration tokens int64 [n, length].
@@ -67,7 +84,7 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
     Raises:
         BoaEdgeError: a transform and the model do not go together, or it has changed what the model computes.
     """
-    if not recipe.transforms and recipe.activations is None:
+    if not recipe.transforms and recipe.activations is None and recipe.kv_cache is None:
         return Prepared(source)
     rows = sequences[:_SEQUENCES]
     expected = _answers(source, rows)
@@ -88,13 +105,22 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
             problem = f"{names}: the transformed model's log-probabilities are off by {drift:.2g}"
             raise BoaEdgeError(problem, where="transforms", fix="Leave the transform out, and report this")
     plan = _plan(source, recipe)
+    look = _Look(plan, recipe.kv_cache)
     after = before
-    if recipe.transforms or (plan is not None and plan.format.needs_range):
-        ranges: dict[str, tuple[float, float]] = {}
-        visit = _static_ranges(plan, ranges) if plan is not None and plan.format.needs_range else _ignore
-        after, ranges = distributed.from_main(lambda: (observe(source, rows, visit, "looking again"), ranges))
-        plan = plan and replace(plan, ranges=ranges)
-    return Prepared(source, transforms, plan, before, after, notes)
+    if recipe.transforms or look.wanted:
+        after, look = distributed.from_main(lambda: look.run(source, rows))
+    plan = plan and replace(plan, ranges=look.ranges)
+    cache = look.cache
+    return Prepared(
+        source,
+        transforms,
+        plan,
+        None if cache is None else cache.plan(),
+        None if cache is None else cache.to_document(),
+        before,
+        after,
+        notes,
+    )
 
 
 def _answers(source: SourceModel, rows: Tensor) -> Tensor:
@@ -117,6 +143,15 @@ def _plan(source: SourceModel, recipe: Recipe) -> ActivationPlan | None:
     return ActivationPlan(form, sizes)
 
 
+def _turns(source: SourceModel) -> list[Callable[[Tensor], Tensor]]:
+    """What each layer does to queries and keys after RoPE."""
+    turns: list[Callable[[Tensor], Tensor]] = [lambda x: x] * source.spec.layers
+    for product in online_products(source.spec, transforms_of(source.model)):
+        if product.place == "query_key" and product.layer is not None:
+            turns[product.layer] = product
+    return turns
+
+
 def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> Transform:
     return distributed.from_main(lambda: _searched(source, recipe, rows))
 
@@ -133,6 +168,7 @@ def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
         return simulate(narrow, scheme, group_size=fmt.group_size, static_range=limits).to(x.dtype)
 
     scales: dict[tuple[int, Pair], Tensor] = {}
+    cache, samples, turns = recipe.kv_cache, HeadSamples(), _turns(source)
 
     def visit(index: int, names: LayerNames, runner: BlockRunner, inputs: Mapping[str, Tensor]) -> None:
         weights = {role: runner.original(role) for role in runner.parts}
@@ -145,8 +181,19 @@ def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
             scales[index, pair] = scale.view(scale_shape(spec, index, pair))
             if writer is not None:
                 weights[writer] = weights[writer] / scale.to(weights[writer])[:, None]
+        if cache is not None:
+            query, key, _ = samples.take()
+            spread = torch.linspace(0, key.shape[1] - 1, min(_SAMPLES, key.shape[1])).round().to(torch.int64)
+            scales[index, "q_k"] = search_key_smoothing(
+                query[:, spread],
+                key[:, spread],
+                cache.scheme,
+                len(spec.attention[index].rope_inv_freq),
+                joint=bool(names.head_norms()),
+                turn=turns[index],
+            ).scales
 
-    observe(source, rows, visit, "searching for smoothing scales")
+    observe(source, rows, visit, "searching for smoothing scales", None if cache is None else samples.add)
     return Smooth(scales)
 
 
@@ -159,16 +206,42 @@ def _search(
     return search_smoothing(weight, hessian, x.abs().amax(0), x[spread], fmt, quantized, shared=shared).scales
 
 
-def _static_ranges(plan: ActivationPlan, ranges: dict[str, tuple[float, float]]) -> Visit:
-    """Fills in the range of every module's inputs, with the least squared error for the text at hand."""
+class _Look:
+    """The last look at a model before it is quantized: what fixed ranges and scales need.
 
-    def visit(index: int, names: LayerNames, runner: BlockRunner, inputs: Mapping[str, Tensor]) -> None:
+    Attributes:
+        ranges: of every module's inputs, with the least squared error for the text at hand; for static schemes.
+        cache: what is found out about keys and values.
+    """
+
+    def __init__(self, plan: ActivationPlan | None, cache: CacheChoice | None) -> None:
+        self._static = plan if plan is not None and plan.format.needs_range else None
+        self.ranges: dict[str, tuple[float, float]] = {}
+        self.cache = None if cache is None else CacheCalibration(cache.scheme)
+
+    @property
+    def wanted(self) -> bool:
+        return self._static is not None or self.cache is not None
+
+    def run(self, source: SourceModel, rows: Tensor) -> tuple[list[Outliers], _Look]:
+        """The outliers that are seen on the way, and itself, filled."""
+        samples, turns = HeadSamples(), _turns(source)
+
+        def visit(index: int, names: LayerNames, runner: BlockRunner, inputs: Mapping[str, Tensor]) -> None:
+            if self._static is not None:
+                self._add_ranges(self._static, names, inputs)
+            if self.cache is not None:
+                query, key, value = samples.take()
+                self.cache.add(turns[index](query), turns[index](key), value, runner.original("o"))
+
+        found = observe(source, rows, visit, "looking again", None if self.cache is None else samples.add)
+        return found, self
+
+    def _add_ranges(self, plan: ActivationPlan, names: LayerNames, inputs: Mapping[str, Tensor]) -> None:
         of = {"q": "q", "k": "q", "v": "q", "gate": "up"}
         for role, part in names.parts().items():
-            if part.module in plan.group_sizes and part.module not in ranges:
-                ranges[part.module] = _range(inputs[of.get(role, role)], plan)
-
-    return visit
+            if part.module in plan.group_sizes and part.module not in self.ranges:
+                self.ranges[part.module] = _range(inputs[of.get(role, role)], plan)
 
 
 def _range(x: Tensor, plan: ActivationPlan) -> tuple[float, float]:

@@ -2,12 +2,13 @@
 
 A name reads as what it does:
 
-    w<bits>[g<group>][asym][a8]-<method>[-<transform>...]
+    w<bits>[g<group>][asym][a8][kv8]-<method>[-<transform>...]
 
     w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
     w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
     w4g32a8-edge-smooth    4-bit weights in groups of 32 and int8 activations, after SmoothQuant
+    w4g32a8kv8-edge        the same without SmoothQuant, and keys and values kept in int8
 
 and with `wmix<megabytes>mb` for `w<bits>` each projection gets bits of its own, so that all fits a budget:
 
@@ -25,6 +26,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from boa_edge.errors import UsageError
+from toolchain.activations.cache import CacheScheme
 from toolchain.grids import GridFormat, ScaleSearch
 from toolchain.methods import METHODS
 from toolchain.options import Options
@@ -33,10 +35,11 @@ from toolchain.transforms.named import NAMES
 DEFAULT_RECIPE = "w4g32-edge"
 _NAME = re.compile(
     r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)"
-    r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
+    r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?(?P<kv8>kv8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
 )
 _GRAMMAR = (
-    "w<bits>[g<group>][asym][a8]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or w4g32a8-edge-smooth; "
+    "w<bits>[g<group>][asym][a8][kv8]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or "
+    "w4g32a8-edge-smooth; "
     "wmix<megabytes>mb in place of w<bits> fits a budget"
 )
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
@@ -94,6 +97,17 @@ class ActivationChoice(_Frozen):
     budget: float | None = Field(default=0.1, ge=0)
 
 
+class CacheChoice(_Frozen):
+    """How keys and values are kept between tokens (`toolchain.activations.cache`).
+
+    Attributes:
+        scheme: `per_token`: one scale per token and key-value head; `per_head`: one per head, by calibration.
+    """
+
+    scheme: CacheScheme = "per_token"
+    bits: Literal[8] = 8
+
+
 class CalibrationSize(_Frozen):
     """How much text the statistics see, and how much is held out to evaluate on.
 
@@ -119,6 +133,7 @@ class Recipe(_Frozen):
         round_scales: round scales to bfloat16 before the codes are solved, so that every runtime holds them exactly.
         damping: added to the diagonal of each Hessian, relative to its mean.
         activations: null leaves them in floating point.
+        kv_cache: null keeps keys and values in floating point.
         transforms: by name (`toolchain.transforms.named`), in this order, before anything is quantized.
         seed: of text that the model writes itself, and of rotations.
     """
@@ -131,6 +146,7 @@ class Recipe(_Frozen):
     damping: float = Field(default=0.01, gt=0, le=1)
     solver: Options | None = None
     activations: ActivationChoice | None = None
+    kv_cache: CacheChoice | None = None
     transforms: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     calibration: CalibrationSize = CalibrationSize()
     seed: int = Field(default=0, ge=0)
@@ -173,7 +189,8 @@ class Recipe(_Frozen):
         budget = self.weights.budget_mb
         bits = self.weights.bits if budget is None else f"mix{budget:.10g}mb"
         a8 = "" if self.activations is None else "a8"
-        return "-".join([f"w{bits}{group}{asym}{a8}", self.method, *self.transforms])
+        kv8 = "" if self.kv_cache is None else "kv8"
+        return "-".join([f"w{bits}{group}{asym}{a8}{kv8}", self.method, *self.transforms])
 
     def with_method(self, method: str) -> Recipe:
         """The same formats by another method, with that method's own grid search where none was chosen."""
@@ -204,6 +221,8 @@ def load_recipe(recipe: str) -> Recipe:
     document: dict[str, Any] = {"method": match["method"], "weights": weights}
     if match["a8"]:
         document["activations"] = {}
+    if match["kv8"]:
+        document["kv_cache"] = {}
     if match["rest"]:
         document["transforms"] = match["rest"][1:].split("-")
     return parse_recipe(document, f"recipe {recipe!r}")
@@ -251,6 +270,7 @@ def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
         "weights": WeightFormat,
         "embedding": EmbeddingFormat,
         "activations": ActivationChoice,
+        "kv_cache": CacheChoice,
         "solver": Options,
         "calibration": CalibrationSize,
     }

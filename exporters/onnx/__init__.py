@@ -18,7 +18,7 @@ from exporters.onnx.kernels import FUSED_GROUPS, carrier, session_config
 from exporters.onnx.lowerable import ACCEPTED, obstacles
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
-from toolchain.checkpoint import Checkpoint
+from toolchain.checkpoint import KV_CACHE, Checkpoint
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -51,6 +51,12 @@ def check(checkpoint: Checkpoint, activations: Activations) -> None:
             f"ONNX export of the family {checkpoint.spec.family!r} is not there yet, for want of: {', '.join(found)}",
             where=checkpoint.path / "config.json",
             fix=f"Accepted: {ACCEPTED}",
+        )
+    if checkpoint.kv_cache is not None:
+        raise BoaEdgeError(
+            "ONNX export keeps keys and values in float32, and this checkpoint asks for an int8 cache",
+            where=checkpoint.path / KV_CACHE,
+            fix="Quantize with a recipe without kv_cache",
         )
     for what, _, group_size in _schemes(checkpoint):
         if group_size is not None and group_size not in FUSED_GROUPS:

@@ -101,13 +101,16 @@ def _before(product: OnlineProduct) -> Callable[[nn.Module, tuple[Tensor, ...]],
     return lambda _module, inputs: (product(inputs[0]), *inputs[1:])
 
 
+def turned(module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, H or G, L, hd] as the attention in `module` compares them: after R3, where there is one."""
+    product: OnlineProduct | None = getattr(module, _PRODUCT, None)
+    return (query, key) if product is None else (product(query), product(key))
+
+
 def _turned_attention(
     module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **arguments: Any
 ) -> tuple[Tensor, Tensor | None]:
-    product: OnlineProduct | None = getattr(module, _PRODUCT, None)
-    if product is not None:
-        query, key = product(query), product(key)
-    return ALL_ATTENTION_FUNCTIONS[ATTENTION](module, query, key, *rest, **arguments)
+    return ALL_ATTENTION_FUNCTIONS[ATTENTION](module, *turned(module, query, key), *rest, **arguments)
 
 
 AttentionInterface.register(_TURNED_ATTENTION, _turned_attention)
