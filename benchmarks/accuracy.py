@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.ours import OURS, Own, recipe_for
+from benchmarks.ours import AT, OURS, SCHEMES, Own, recipe_for
 from benchmarks.peers.harness import SUMMARY_FILE, WEIGHTS_FILE
 from benchmarks.peers.table import (
     NOT_RUN,
@@ -44,13 +45,17 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import output_directory, read_json, write_json
 from boa_edge.progress import say
 from boa_edge.quiet import quiet_libraries, quiet_transformers
+from toolchain.activations import ActivationFormat
+from toolchain.activations.plan import ActivationPlan
+from toolchain.checkpoint import ACTIVATIONS
 from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_all
 from toolchain.recipe import load_recipe
 from toolchain.text import read_text, sequences, tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = "w4g32,w4g128asym,w4asym,w3asym,w2asym"
+_PLAIN = "it quantizes weights only; see the table without quantized activations"
+SETTINGS = "w4g32,w4g32a8,w4g128asym,w4asym,w3asym,w2asym"
 OURS_PREFIX = "boa-edge "
 # 200 steps per block are the tool's default; see docs/benchmarks for what they take.
 AUTOROUND_ITERATIONS = 200
@@ -69,11 +74,20 @@ _EVALUATED_AT_ONCE, _EVALUATED_BYTES = 8, 6 << 30
 
 @dataclass(frozen=True)
 class Setting:
-    """A format with the name it goes by; `asked` is the name before a group size that does not divide was halved."""
+    """A format with the name it goes by; `asked` is the name before a group size that does not divide was halved.
+
+    Attributes:
+        schemes: how activations are quantized when it is evaluated, each a table of its own; None: not at all.
+    """
 
     name: str
     asked: str
     format: Format
+    schemes: tuple[str | None, ...] = (None,)
+
+    def titled(self, scheme: str | None) -> str:
+        """The name of one of its tables."""
+        return self.name if scheme is None else f"{self.name} {scheme}"
 
 
 @dataclass(frozen=True)
@@ -85,9 +99,15 @@ class Contender:
     peer: Peer | None
     calibrated: bool
 
-    def refuses(self, wanted: Format) -> str | None:
+    def refuses(self, setting: Setting) -> str | None:
         """Why the method has no such format, or None."""
-        return self.peer.refuses(wanted) if self.peer else None
+        if self.peer is None:
+            return None
+        if self.peer.quantizes_activations != (setting.schemes != (None,)):
+            return (
+                "it is in the other tables: with quantized activations" if self.peer.quantizes_activations else _PLAIN
+            )
+        return self.peer.refuses(setting.format)
 
 
 def own_contenders(table: Mapping[str, Own]) -> list[Contender]:
@@ -151,7 +171,7 @@ class Benchmark:
         self.calibration = tokenize(read_text(arguments.calibration), tokenizer)
         held_out = tokenize(read_text(arguments.text), tokenizer)[: arguments.tokens]
         self.rows = sequences(held_out, arguments.length, arguments.text)
-        self.evaluation = f"evaluation-{tensor_hash(self.rows)}.json"
+        self.rows_key = tensor_hash(self.rows)
         self.environments: dict[str, Path | str] = {}
         self.failed: dict[Path, str] = {}
         self.own_version = own_version()
@@ -173,31 +193,37 @@ class Benchmark:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"tokens": tokens}, path)
-        places: dict[str, Path] = {}
-        failures: dict[str, str] = {}
-        for contender in self.contenders:
-            if (refused := contender.refuses(setting.format)) is not None:
-                failures[contender.label] = f"not supported: {refused}"
+        runs = [(contender, scheme) for scheme in setting.schemes for contender in self.contenders]
+        places: dict[tuple[str, str | None], Path] = {}
+        failures: dict[tuple[str, str | None], str] = {}
+        for contender, scheme in runs:
+            run = (contender.label, scheme)
+            if (refused := contender.refuses(setting)) is not None:
+                failures[run] = f"not supported: {refused}"
                 continue
             try:
-                places[contender.label] = self._quantize(contender, setting, seed, path)
+                places[run] = self._quantize(contender, setting, seed, path, scheme)
             except (EnvironmentMissingError, QuantizerError) as error:
-                failures[contender.label] = str(error)
+                failures[run] = str(error)
                 say(f"{setting.name} {contender.label}: {error}")
-        self._evaluate(places)
+        for scheme in setting.schemes:
+            self._evaluate([place for (_, own), place in places.items() if own == scheme], scheme)
+        for place in places.values():  # a few hundred megabytes each
+            (place / WEIGHTS_FILE).unlink(missing_ok=True)
         outcomes = []
-        for contender in self.contenders:
-            place = places.get(contender.label)
-            row = self._row(contender, setting, seed, place) if place else None
+        for contender, scheme in runs:
+            run = (contender.label, scheme)
+            place = places.get(run)
+            row = self._row(contender, setting, seed, place, scheme) if place else None
             notes = read_json(place / SUMMARY_FILE, "summary")["notes"] if place else []
-            reason = failures.get(contender.label)
-            outcomes.append(Outcome(setting.name, contender.label, contender.peer is None, seed, row, reason, notes))
+            title, own = setting.titled(scheme), contender.peer is None
+            outcomes.append(Outcome(title, contender.label, own, seed, row, failures.get(run), notes))
         return outcomes
 
-    def _quantize(self, contender: Contender, setting: Setting, seed: int, tokens: Path) -> Path:
+    def _quantize(self, contender: Contender, setting: Setting, seed: int, tokens: Path, scheme: str | None) -> Path:
         """Directory of a finished run, made if it is not there."""
         wanted = setting.format
-        peer = contender.peer
+        peer, variant = contender.peer, contender.variant
         trains = peer is not None and peer.script == "autoround"
         decides: dict[str, Any] = {
             "model": self.model_key,
@@ -207,12 +233,13 @@ class Benchmark:
             "iterations": self.arguments.iterations if trains else None,
         }
         if peer is None:
-            recipe = recipe_for(contender.variant, wanted.bits, wanted.group_size, wanted.symmetric)
+            recipe = recipe_for(variant, wanted.bits, wanted.group_size, wanted.symmetric, scheme)
+            variant = variant if scheme is None else f"{variant}{AT}{scheme}"
             decides |= {"recipe": recipe.model_dump(), "source": self.own_source, "seed": None}
         else:
             decides |= {"script": peer.script, "identity": identity(peer)}
         place = self.work / "runs" / _hash(decides)
-        if (place / self.evaluation).exists() or (place / WEIGHTS_FILE).exists():
+        if (place / self._evaluation(scheme)).exists() or (place / WEIGHTS_FILE).exists():
             return place
         if place in self.failed:  # by another seed, which the method does not read
             raise QuantizerError(self.failed[place])
@@ -220,7 +247,7 @@ class Benchmark:
         command = [str(python), "-m", "benchmarks.ours" if peer is None else f"benchmarks.peers.{peer.script}"]
         command += ["--model", str(self.model), "--tokens", str(tokens), "--seed", str(seed)]
         command += ["--bits", str(wanted.bits), "--group-size", str(wanted.group_size or 0)]
-        command += ["--symmetric", str(int(wanted.symmetric)), "--variant", contender.variant]
+        command += ["--symmetric", str(int(wanted.symmetric)), "--variant", variant]
         command += ["--iterations", str(self.arguments.iterations)] if trains else []
         say(f"{setting.name} {contender.label}, seed {seed}")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -246,30 +273,49 @@ class Benchmark:
             raise EnvironmentMissingError(found)
         return found
 
-    def _evaluate(self, places: Mapping[str, Path]) -> None:
-        """Evaluate the runs that have not been, then drop their weights: a few hundred megabytes each."""
-        missing = list(dict.fromkeys(place for place in places.values() if not (place / self.evaluation).exists()))
+    def _evaluation(self, scheme: str | None) -> str:
+        """The file of a run's evaluation."""
+        return f"evaluation-{self.rows_key}{'' if scheme is None else f'-{scheme}'}.json"
+
+    def _evaluate(self, places: list[Path], scheme: str | None) -> None:
+        """Evaluate the runs that have not been."""
+        name = self._evaluation(scheme)
+        missing = list(dict.fromkeys(place for place in places if not (place / name).exists()))
         size = sum(parameter.numel() * 4 for parameter in self.source.model.parameters())
         at_once = max(1, min(_EVALUATED_AT_ONCE, _EVALUATED_BYTES // size))
         original = with_weights(self.source.model, {})
         for start in range(0, len(missing), at_once):
             part = missing[start : start + at_once]
-            candidates = [with_weights(self.source.model, load_file(place / WEIGHTS_FILE)) for place in part]
+            candidates = [
+                with_weights(self.source.model, load_file(place / WEIGHTS_FILE), self._plan(place, scheme))
+                for place in part
+            ]
             what = f"evaluating {len(part)}"
             for place, score in zip(part, evaluate_all(candidates, self.rows, original, what), strict=True):
-                write_json(place / self.evaluation, asdict(score))
-        for place in places.values():
-            (place / WEIGHTS_FILE).unlink(missing_ok=True)
+                write_json(place / name, asdict(score))
 
-    def _row(self, contender: Contender, setting: Setting, seed: int, place: Path) -> dict[str, Any]:
+    def _plan(self, place: Path, scheme: str | None) -> ActivationPlan | None:
+        """The activations that a run has planned, or those of all linears of the blocks."""
+        if scheme is None:
+            return None
+        path = place / ACTIVATIONS
+        if path.exists():
+            return ActivationPlan.from_document(read_json(path, "the activation plan"), path)
+        group = read_json(place / "request.json", "request")["format"]["group_size"]
+        return ActivationPlan(ActivationFormat(scheme), dict.fromkeys(self.source.spec.linear_inputs(), group))
+
+    def _row(
+        self, contender: Contender, setting: Setting, seed: int, place: Path, scheme: str | None
+    ) -> dict[str, Any]:
         summary = read_json(place / SUMMARY_FILE, "summary")
-        score = read_json(place / self.evaluation, "evaluation")
+        score = read_json(place / self._evaluation(scheme), "evaluation")
         version = self.own_version if contender.peer is None else summary["version"]
         return {
             "method": contender.label,
             "ours": contender.peer is None,
             "setting": setting.name,
             **asdict(setting.format),
+            "activations": scheme,
             "seed": seed,
             "calibrated": contender.calibrated,
             "kl": score["kl"],
@@ -331,12 +377,15 @@ def run_quantizer(command: list[str], place: Path, log: Path) -> None:
         raise QuantizerError(f"failed: {last_error(told)} (exit {done.returncode}; {log.name})")
 
 
-def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Logits of `model` with some parameters replaced; the model itself is not touched."""
+def with_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], activations: ActivationPlan | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Logits of `model` with some parameters replaced, and activations quantized; the model itself is not touched."""
     parameters = dict(weights)
 
     def logits(tokens: Tensor) -> Tensor:
-        output = functional_call(model, parameters, (tokens,), {"use_cache": False}, tie_weights=False)
+        with nullcontext() if activations is None else activations.installed(model):
+            output = functional_call(model, parameters, (tokens,), {"use_cache": False}, tie_weights=False)
         found: Tensor = output.logits
         return found
 
@@ -356,7 +405,8 @@ def calibration_rows(tokens: Tensor, count: int, length: int, seed: int) -> Tens
 
 def fitting(name: str, source: SourceModel) -> Setting:
     """A setting by name, its group halved until it divides every linear's inputs."""
-    weights = load_recipe(f"{name}-rtn").weights
+    recipe = load_recipe(f"{name}-rtn")
+    weights = recipe.weights
     columns = {source.model.get_parameter(f"{module}.weight").shape[1] for module in source.spec.linear_inputs()}
     group = weights.group_size
     while group is not None and any(count % group for count in columns):
@@ -364,7 +414,9 @@ def fitting(name: str, source: SourceModel) -> Setting:
     found = name if group is None else name.replace(f"g{weights.group_size}", f"g{group}")
     # Raises where not even the smallest group of a recipe divides.
     weights = load_recipe(f"{found}-rtn").weights
-    return Setting(found, name, Format(weights.bits, weights.group_size, weights.symmetric))
+    assert weights.bits != "auto"
+    schemes: tuple[str | None, ...] = (None,) if recipe.activations is None else SCHEMES
+    return Setting(found, name, Format(weights.bits, weights.group_size, weights.symmetric), schemes)
 
 
 def chosen(words: str) -> list[Contender]:

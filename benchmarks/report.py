@@ -165,11 +165,20 @@ def _notes(outcomes: list[Outcome]) -> list[str]:
     return ["## Notes", "\n".join(lines)] if lines else []
 
 
+_RUNTIMES = {
+    "per_block": "int8 activations per token and block (ONNX Runtime)",
+    "per_token": "int8 activations per token (ExecuTorch)",
+}
+
+
 def _words(setting: str) -> str:
-    name = setting.removesuffix("asym")
-    bits, _, group = name.removeprefix("w").partition("g")
+    form, _, scheme = setting.partition(" ")
+    name = form.removesuffix("a8")
+    symmetric = not name.endswith("asym")
+    bits, _, group = name.removesuffix("asym").removeprefix("w").partition("g")
     scales = f"a scale per {group} inputs" if group else "a scale per output channel"
-    return f"{bits} bits, {'asymmetric' if setting.endswith('asym') else 'symmetric'}, {scales}"
+    words = f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}, {scales}"
+    return f"{words}; {_RUNTIMES[scheme]}" if scheme else words
 
 
 def _processor() -> str:

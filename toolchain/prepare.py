@@ -12,7 +12,7 @@ from torch import Tensor
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from toolchain import distributed
-from toolchain.activations import ActivationFormat, RangeObserver, simulate
+from toolchain.activations import FLOAT, ActivationFormat, RangeObserver, simulate
 from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.block import BlockRunner
@@ -22,6 +22,7 @@ from toolchain.grids import GridFormat
 from toolchain.loading import SourceModel
 from toolchain.outliers import Outliers, observe
 from toolchain.recipe import CacheChoice, Recipe
+from toolchain.rotation_learning import Learning, learn_rotations
 from toolchain.transforms import (
     Pair,
     Smooth,
@@ -33,11 +34,11 @@ from toolchain.transforms import (
     transforms_of,
     value_sharing,
 )
-from toolchain.transforms.named import ROTATIONS, SMOOTH
+from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH
 from toolchain.transforms.smooth_search import search_smoothing
 
 _SEQUENCES = 8  # of calibration text that is looked at
-_SAMPLES = 512  # tokens on which a smoothing strength is tried
+_SAMPLES, _ROWS = 256, 384  # tokens and rows of the weight on which a smoothing strength is tried
 _CHECKED_TOKENS = 32
 _LARGEST_DRIFT = 1e-3  # of log-probabilities, in float32
 
@@ -92,10 +93,10 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
     transforms: list[Transform] = []
     notes: list[str] = []
     for name in recipe.transforms:
-        step = [_smoothing(source, recipe, rows)] if name == SMOOTH else ROTATIONS[name](recipe.seed)
-        source, told = apply(source, step)
+        step, told = _step(source, recipe, name, rows)
+        source, left_out = apply(source, step)
         transforms += step
-        notes += told
+        notes += told + left_out
     for note in notes:
         say(f"note: {note}")
     if recipe.transforms:
@@ -121,6 +122,18 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
         after,
         notes,
     )
+
+
+def _step(source: SourceModel, recipe: Recipe, name: str, rows: Tensor) -> tuple[list[Transform], list[str]]:
+    """What a name stands for on this model, and what there is to say about it."""
+    if name == SMOOTH:
+        return [_smoothing(source, recipe, rows)], []
+    if name != LEARNED_ROTATION:
+        return ROTATIONS[name](recipe.seed), []
+    plan, how = _plan(source, recipe), Learning(**recipe.learning.model_dump())
+    assert plan is not None
+    learned = distributed.from_main(lambda: learn_rotations(source, plan, rows, how, recipe.seed))
+    return learned.transforms, [f"{name}: KL on the text learned from {learned.before:.3g} -> {learned.after:.3g}"]
 
 
 def _answers(source: SourceModel, rows: Tensor) -> Tensor:
@@ -160,7 +173,7 @@ def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
     """Scales of every pair that folds away, each of the strength that its own errors ask for."""
     spec, fmt = source.spec, recipe.grid_format
     chosen = recipe.activations
-    scheme = ActivationFormat("per_block" if chosen is None else chosen.scheme)
+    scheme = FLOAT if chosen is None else ActivationFormat(chosen.scheme)
 
     def quantized(x: Tensor) -> Tensor:
         narrow = x.to(torch.float32)
@@ -201,9 +214,11 @@ def _search(
     weight: Tensor, x: Tensor, fmt: GridFormat, quantized: Callable[[Tensor], Tensor], shared: Tensor | None
 ) -> Tensor:
     spread = torch.linspace(0, len(x) - 1, min(_SAMPLES, len(x))).round().to(torch.int64)
-    wide = x.to(torch.float64)
-    hessian = 2 * wide.mT @ wide / len(wide)
-    return search_smoothing(weight, hessian, x.abs().amax(0), x[spread], fmt, quantized, shared=shared).scales
+    hessian = x.mT @ x * (2 / len(x))
+    found = search_smoothing(
+        weight, hessian, x.abs().amax(0), x[spread], fmt, quantized, shared=shared, rows=_ROWS, dtype=torch.float32
+    )
+    return found.scales
 
 
 class _Look:

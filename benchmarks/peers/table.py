@@ -41,6 +41,7 @@ class Peer:
         refuses: why a format cannot be had, or None.
         calibrated: whether it reads the calibration tokens; if not, its runs do not differ by seed.
         note: how it was set where that was a choice.
+        quantizes_activations: it stands in the tables with quantized activations, and in no other.
     """
 
     script: str
@@ -50,6 +51,7 @@ class Peer:
     refuses: Callable[[Format], str | None]
     calibrated: bool = True
     note: str = ""
+    quantizes_activations: bool = False
 
 
 class EnvironmentMissingError(Exception):
@@ -72,6 +74,16 @@ def _quanto(wanted: Format) -> str | None:
     return None
 
 
+def _eight_da_four_w(wanted: Format) -> str | None:
+    if wanted.bits != 4 or not wanted.symmetric or wanted.group_size is None:
+        return "its format is 4 bits, symmetric, in groups"
+    return None
+
+
+def _genai(wanted: Format) -> str | None:
+    return None if wanted == Format(4, 32, True) else "its default is 4 bits in groups of 32"
+
+
 _LLM_COMPRESSOR = ("llmcompressor", ("llmcompressor==0.14.0.1", "transformers==5.17.0", _TORCH))
 _HQQ = ("hqq", ("hqq==0.2.8.post1", "transformers==5.23.0", _TORCH))
 _QUANTO = ("quanto", ("optimum-quanto==0.2.7", "transformers==5.23.0", "accelerate==1.15.0", _TORCH))
@@ -79,6 +91,10 @@ _QUANTO = ("quanto", ("optimum-quanto==0.2.7", "transformers==5.23.0", "accelera
 _GPTQ_MODEL = ("gptqmodel", ("gptqmodel==7.6.0", "transformers==5.23.0", _TORCH))
 _AUTOROUND = ("autoround", ("auto-round==0.16.1", "transformers==5.23.0", _TORCH))
 _TORCHAO = (None, ("torchao==0.18.0",))  # this project pins it itself
+_GENAI = (
+    "genai",
+    ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx-ir==1.1.0", "transformers==5.23.0", _TORCH),
+)
 
 PEERS: dict[str, Peer] = {
     "llm-compressor GPTQ": Peer("llm_compressor", "gptq", *_LLM_COMPRESSOR, _anything),
@@ -94,6 +110,15 @@ PEERS: dict[str, Peer] = {
         *_TORCHAO,
         lambda wanted: None if wanted.symmetric else "its HQQ search finds scales only: symmetric grids",
         calibrated=False,
+    ),
+    "llm-compressor SmoothQuant + GPTQ W4A8": Peer(
+        "smooth_quant", "default", *_LLM_COMPRESSOR, _anything, quantizes_activations=True
+    ),
+    "torchao 8da4w": Peer(
+        "torch_ao_8da4w", "default", *_TORCHAO, _eight_da_four_w, calibrated=False, quantizes_activations=True
+    ),
+    "onnxruntime-genai builder": Peer(
+        "genai_builder", "default", *_GENAI, _genai, calibrated=False, quantizes_activations=True
     ),
 }
 

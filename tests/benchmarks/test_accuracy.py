@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import ablation, accuracy
-from benchmarks.ours import OURS, STEPS, make
+from benchmarks.ours import STEPS, VARIANTS, make
 from benchmarks.peers import table
 from benchmarks.peers.harness import GridError, Job, Made, check_error, check_grid, check_made, load_parameters, main
 from benchmarks.peers.table import EnvironmentMissingError, Format, Peer
@@ -40,7 +40,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(command: list[str], place: Path, log: Path) -> None:
         seen.append(command[command.index("--variant") + 1])
         if "benchmarks.ours" in command:
-            main("boa-edge", make, tuple(OURS | STEPS), command[command.index("benchmarks.ours") + 1 :])
+            main("boa-edge", make, VARIANTS, command[command.index("benchmarks.ours") + 1 :])
         else:
             run(command, place, log)
 
@@ -176,7 +176,7 @@ def test_calibration_windows_are_chosen_by_the_seed_and_do_not_overlap() -> None
 
 
 def test_a_filter_that_names_nothing_is_an_error() -> None:
-    assert [one.label for one in accuracy.chosen("torchao")] == ["torchao RTN", "torchao HQQ"]
+    assert [one.label for one in accuracy.chosen("torchao")] == ["torchao RTN", "torchao HQQ", "torchao 8da4w"]
     with pytest.raises(UsageError, match="no method 'awk'"):
         accuracy.chosen("awk")
 
@@ -189,6 +189,24 @@ def test_every_peer_has_its_script_and_a_word_for_every_default_setting() -> Non
         answers = [peer.refuses(Format(bits, group, flag)) for bits in (2, 4) for group in (None, 32) for flag in flags]
         assert None in answers
     assert table.last_error("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
+
+
+def test_quantized_activations_have_a_table_for_each_runtime(request_words: list[str], counted: list[str]) -> None:
+    words = [*request_words, "--methods", "edge default,edge rtn,torchao", "--settings", "w4g32,w4g32a8"]
+    rows, text = run(words)
+    schemes = ("per_block", "per_token")
+    assert counted.count("default") == 2  # torchao's variant for one setting and ours without activations
+    assert {f"{variant}@{scheme}" for variant in ("default", "rtn") for scheme in schemes} <= set(counted)
+    found = {(row["method"], row["activations"]): row["kl"] for row in rows}
+    for scheme in schemes:
+        assert found["boa-edge default", scheme] < found["boa-edge rtn", scheme]
+        assert found["torchao 8da4w", scheme] > 0
+        assert ("torchao RTN", scheme) not in found
+        assert f"## w4g32a8 {scheme}" in text
+    # The same weights, once with each runtime's activations.
+    assert found["torchao 8da4w", "per_block"] != found["torchao 8da4w", "per_token"]
+    assert ("torchao 8da4w", None) not in found
+    assert "weights only" in text
 
 
 def test_the_ablation_goes_from_rounding_to_the_default_step_by_step(

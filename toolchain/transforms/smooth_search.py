@@ -59,6 +59,8 @@ def search_smoothing(
     shared: Tensor | None = None,
     strengths: Sequence[float] = STRENGTHS,
     powers_of_two: bool = True,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Smoothing:
     """The scales of one pair with the least error; never more than without smoothing.
 
@@ -71,18 +73,22 @@ def search_smoothing(
         activation: what becomes of inputs [tokens, in] when they are quantized.
         shared: int64 [in], which scale each input takes (`value_sharing`); None: each its own.
         powers_of_two: round scales so that they can be folded without rounding.
+        rows: how many of the weight's rows, evenly spaced, errors are taken of; None: of all.
+        dtype: in which errors are computed.
 
     Raises:
         ValueError: shapes that do not go together.
     """
-    weight, hessian, maxima, samples = (each.to(torch.float64) for each in (weight, hessian, maxima, samples))
-    columns = weight.shape[1]
+    largest, columns = weight.abs().amax(0), weight.shape[1]
+    if rows is not None and rows < len(weight):
+        weight = weight[torch.linspace(0, len(weight) - 1, rows).round().to(torch.int64)]
+    weight, hessian, samples = (each.to(dtype) for each in (weight, hessian, samples))
     shared = torch.arange(columns) if shared is None else shared
     if hessian.shape != (columns, columns) or {maxima.shape[-1], samples.shape[-1], len(shared)} != {columns}:
         raise ValueError(f"weight [.., {columns}], Hessian, maxima and samples are not of one width")
 
     def measured(scales: Tensor, strength: float | None) -> Smoothing:
-        spread = scales[shared]
+        spread = scales[shared].to(dtype)
         scaled, inputs = weight * spread, samples / spread
         grid = find_grid(scaled[None], fmt, search, (hessian / spread / spread[:, None])[None])
         rounded = grid.values(round_to_grid(scaled[None], *grid.expand(columns), fmt.bits))[0]
@@ -93,7 +99,7 @@ def search_smoothing(
 
     best = measured(torch.ones(int(shared.max()) + 1, dtype=torch.float64), None)
     for strength in strengths:
-        tried = measured(smoothing_scales(maxima, weight.abs().amax(0), shared, strength, powers_of_two), strength)
+        tried = measured(smoothing_scales(maxima, largest, shared, strength, powers_of_two), strength)
         if tried.error < best.error:
             best = tried
     return best
