@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from devices.contract import Execution
+from runtime_tests.activations import compared
 from runtime_tests.events import Generation
 from runtime_tests.fidelity import greedy_match
 from runtime_tests.figure import Figure, figure
 from runtime_tests.metrics import Logits
-from runtime_tests.model import Continuation, Fidelity, GreedyGeneration
+from runtime_tests.model import Continuation, Deployed, Fidelity, GreedyGeneration
 from runtime_tests.reference import Reference
 from runtime_tests.text import Decode
 
@@ -49,7 +50,7 @@ def compare_greedy(
     )
 
 
-def notes(greedy: GreedyGeneration, fidelity: Fidelity, activations: str) -> list[str]:
+def notes(greedy: GreedyGeneration, fidelity: Fidelity, deployed: Deployed) -> list[str]:
     """What a reader has to know about the text that the device wrote."""
     found = []
     match, scores = greedy.against_quantized, fidelity.deployed
@@ -65,11 +66,7 @@ def notes(greedy: GreedyGeneration, fidelity: Fidelity, activations: str) -> lis
         found.append(text + _margin_note(greedy.divergence_margin, scores.max_logit_error_from_quantized))
     kl = scores.kl_from_quantized
     if kl is not None and kl.number is not None:
-        cause = (
-            "The bundle has the runtime compute with int8 activations, the PyTorch model computes with float32"
-            if activations == "int8"
-            else f"Both compute with {activations} activations"
-        )
+        cause = compared(deployed)
         found.append(f"{cause}: the KL divergence between the two is {kl.number:.3g} nats per token.")
     if not greedy.repeatable:
         found.append("Runs of the same prompt on the device gave different tokens: greedy decoding is not repeatable.")

@@ -8,6 +8,21 @@ from devices.contract import Execution
 from runtime_tests.figure import Figure
 
 METHODS = {"rtn": "Round-to-nearest", "gptq": "GPTQ", "boa": "BoA", "original": "Original"}
+RUNTIMES = {"onnx": "ONNX Runtime"}
+SCHEMES = {
+    "per_block": "signed, one scale per block of inputs, found as the model runs",
+    "per_token": "asymmetric, one scale per token, found as the model runs",
+    "per_row": "asymmetric, one scale per token, found as the model runs, ties rounded as KleidiAI does",
+    "static_int8": "signed, one scale per tensor, fixed by calibration",
+    "static_uint8": "unsigned, one scale and zero point per tensor, fixed by calibration",
+}
+PLACES = {
+    "attention": "q, k, v",
+    "o": "o",
+    "mlp": "gate, up",
+    "down": "down",
+    "head": "head",
+}
 
 _TIMES = {
     "load_time": ("Load time", "Emulated load time", "Estimated load time"),

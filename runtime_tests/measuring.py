@@ -145,9 +145,9 @@ def _measure(facts: BundleFacts, device: Device, settings: Settings) -> Report:
         speed=speed(generation, loads, execution),
         memory=memory(generation, execution),
         samples=samples(generation, loads, score_time(session.results[0]), execution),
-        quantization=quantization(facts.provenance),
+        quantization=quantization(facts.provenance, facts.deployed.recipe),
         reproduce=commands(facts.deployed, facts.provenance, settings, device.name),
-        notes=(*notes(greedy, fidelity, facts.deployed.activations), *_execution_notes(execution)),
+        notes=(*notes(greedy, fidelity, facts.deployed), *_execution_notes(execution)),
     )
 
 

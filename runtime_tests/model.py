@@ -12,6 +12,7 @@ from runtime_tests.figure import Figure, Frozen
 Count = Annotated[int, Field(ge=0)]
 TokenId = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Place = Literal["attention", "o", "mlp", "down", "head"]
 
 
 class Tool(Frozen):
@@ -223,6 +224,67 @@ class MethodRow(Frozen):
     peak_memory: Figure | None = None
 
 
+class TransformFacts(Frozen):
+    """What was done to the model before it was quantized, in order; the notes say what was left out and why."""
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class LinearCost(Frozen):
+    """By how much the int8 activations of one linear alone change what the quantized model says."""
+
+    name: str
+    kl: Figure | None = None
+
+
+class ActivationFacts(Frozen):
+    """Quantized activations, evaluated in PyTorch on calibration text as KL from the original.
+
+    Attributes:
+        scheme: how they are quantized, a name of `toolchain.activations`; absent where the recipe does not say.
+        weights_kl: of the quantized weights alone.
+        all_int8_kl: with int8 activations at every quantized linear.
+        kl: with int8 activations but for the linears in `kept`.
+        kept: linears whose inputs stay in floating point.
+        costs: of each linear's int8 activations alone, as KL from the model with quantized weights, the largest first;
+            empty where int8 everywhere was within the recipe's budget.
+    """
+
+    scheme: str | None = None
+    weights_kl: Figure | None = None
+    all_int8_kl: Figure | None = None
+    kl: Figure | None = None
+    kept: tuple[str, ...]
+    costs: tuple[LinearCost, ...]
+
+
+class Outlier(Frozen):
+    """What the linears at one place of a decoder block take in, on calibration text.
+
+    Attributes:
+        layer: the decoder block; -1 for the head, which comes after all.
+        place: what reads it: q, k and v (`attention`), `o`, gate and up (`mlp`), `down`, or the head.
+        maximum: largest magnitude.
+        typical: root of the mean square.
+        kurtosis: E[(x - m)^4] / var^2; 3 for a normal distribution.
+    """
+
+    layer: Annotated[int, Field(ge=-1)]
+    place: Place
+    maximum: Annotated[float, Field(ge=0)] | None = None
+    typical: Annotated[float, Field(ge=0)] | None = None
+    kurtosis: Annotated[float, Field(ge=0)] | None = None
+
+
+class OutlierFacts(Frozen):
+    """Inputs of the linears, in the original model and in the one that was quantized."""
+
+    execution: Execution
+    before: tuple[Outlier, ...]
+    after: tuple[Outlier, ...]
+
+
 class Quantization(Frozen):
     """How the weights came to be. Whatever is absent was not recorded."""
 
@@ -237,6 +299,9 @@ class Quantization(Frozen):
     evaluation_overlaps_calibration: bool | None = None
     comparison: tuple[MethodRow, ...]
     layers: tuple[LayerError, ...]
+    transforms: TransformFacts | None = None
+    activations: ActivationFacts | None = None
+    outliers: OutlierFacts | None = None
 
 
 class Report(Frozen):

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from runtime_tests.activations import scheme
 from runtime_tests.figure import Figure, figure
-from runtime_tests.model import LayerError, MethodRow, Quantization, SourceFacts, TextFacts
-from runtime_tests.provenance import Compared, Layer, Provenance
+from runtime_tests.model import (
+    ActivationFacts,
+    LayerError,
+    LinearCost,
+    MethodRow,
+    Outlier,
+    OutlierFacts,
+    Quantization,
+    SourceFacts,
+    TextFacts,
+    TransformFacts,
+)
+from runtime_tests.provenance import Compared, Layer, OutlierRow, Provenance
 
 _MEGABYTE = 1_000_000
 
 
-def quantization(provenance: Provenance) -> Quantization:
-    """How the weights came to be."""
+def quantization(provenance: Provenance, recipe: Mapping[str, Any] | None) -> Quantization:
+    """How the weights came to be, and what became of the activations."""
     calibration, evaluation = provenance.calibration, provenance.evaluation
     return Quantization(
         method=provenance.method,
@@ -26,7 +41,42 @@ def quantization(provenance: Provenance) -> Quantization:
         evaluation_overlaps_calibration=evaluation.overlaps_calibration,
         comparison=tuple(_row(row) for row in _with_original(provenance)),
         layers=tuple(_layer(layer) for layer in provenance.layers),
+        transforms=_transforms(provenance),
+        activations=_activations(provenance, recipe),
+        outliers=_outliers(provenance),
     )
+
+
+def _transforms(provenance: Provenance) -> TransformFacts | None:
+    found = provenance.transforms
+    return None if found is None else TransformFacts(names=found.names, notes=found.notes)
+
+
+def _activations(provenance: Provenance, recipe: Mapping[str, Any] | None) -> ActivationFacts | None:
+    found = provenance.activations
+    if found is None:
+        return None
+    costs = [LinearCost(name=name, kl=_known(kl, "nats/token")) for name, kl in found.costs.items()]
+    return ActivationFacts(
+        scheme=scheme(recipe),
+        weights_kl=_known(found.weights_kl, "nats/token"),
+        all_int8_kl=_known(found.all_int8_kl, "nats/token"),
+        kl=_known(found.kl, "nats/token"),
+        kept=found.kept,
+        costs=tuple(sorted(costs, key=lambda cost: -(found.costs[cost.name] or 0.0))),
+    )
+
+
+def _outliers(provenance: Provenance) -> OutlierFacts | None:
+    """None where nobody looked: the quantizer then leaves both lists empty."""
+    found = provenance.outliers
+    if found is None or not (found.before or found.after):
+        return None
+
+    def rows(of: tuple[OutlierRow, ...]) -> tuple[Outlier, ...]:
+        return tuple(Outlier(**row.model_dump()) for row in of)
+
+    return OutlierFacts(execution="measured", before=rows(found.before), after=rows(found.after))
 
 
 def _with_original(provenance: Provenance) -> tuple[Compared, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json
+from runtime_tests.model import Place
 
 
 def _drop_overflow(value: Any) -> Any:
@@ -84,6 +85,58 @@ class Compared(_Part):
     peak_mb: OptionalNumber = None
 
 
+class Transforms(_Part):
+    """What was done to the model before it was quantized, by name and in order, and what of it was left out and why."""
+
+    names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Activations(_Part):
+    """What int8 activations cost, as KL from the original in nats per token on calibration text.
+
+    Attributes:
+        weights_kl: of the quantized weights alone; `all_int8_kl` with int8 activations everywhere, `kl` as planned.
+        kept: modules whose inputs stay in floating point.
+        costs: KL by module of its int8 activations alone, from the quantized weights; empty where nobody had to look.
+    """
+
+    weights_kl: OptionalReal = None
+    all_int8_kl: OptionalReal = None
+    kl: OptionalReal = None
+    kept: tuple[str, ...] = ()
+    costs: dict[str, OptionalReal] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _kept_were_measured(self) -> Self:
+        if unknown := sorted(set(self.kept) - self.costs.keys()):
+            raise ValueError(f"kept: {unknown[0]!r} is not among the costs")
+        return self
+
+
+class OutlierRow(_Part):
+    """The inputs at one place of a layer; -1 is the head's. A kurtosis of nothing but one value is no number."""
+
+    layer: Annotated[int, Field(ge=-1)]
+    place: Place
+    maximum: OptionalNumber
+    typical: OptionalNumber
+    kurtosis: OptionalNumber
+
+    @model_validator(mode="after")
+    def _head_is_no_layer(self) -> Self:
+        if (self.layer == -1) != (self.place == "head"):
+            raise ValueError(f"layer: {self.layer} has no place {self.place!r}, the head alone is -1")
+        return self
+
+
+class Outliers(_Part):
+    """What the linears took in, in the original model and after the transforms; empty where nobody looked."""
+
+    before: tuple[OutlierRow, ...] = ()
+    after: tuple[OutlierRow, ...] = ()
+
+
 class Provenance(_Part):
     """`provenance.json`. Every part may be missing."""
 
@@ -96,6 +149,9 @@ class Provenance(_Part):
     layers: tuple[Layer, ...] = ()
     comparison: tuple[Compared, ...] = ()
     evaluation: Evaluation = Evaluation()
+    transforms: Transforms | None = None
+    activations: Activations | None = None
+    outliers: Outliers | None = None
     seconds: OptionalNumber = None
     peak_mb: OptionalNumber = None
 

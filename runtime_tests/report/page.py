@@ -12,10 +12,11 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from runtime_tests.labels import label, method_name, number, show, show_bytes, show_value, visible
+from runtime_tests.labels import SCHEMES, label, method_name, number, show, show_bytes, show_value, visible
 from runtime_tests.model import Continuation, Report
 from runtime_tests.report.charts import layer_strip, size_against_kl, token_times
 from runtime_tests.report.layers import grid
+from runtime_tests.report.outliers import changed, outlier_chart, worst
 
 _DIRECTORY = Path(__file__).parent
 
@@ -44,6 +45,7 @@ def render(report: Report) -> str:
         breakable=breakable,
     )
     environment.globals["label"] = partial(label, execution=report.device.execution)
+    outliers = report.quantization.outliers
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup((_DIRECTORY / "report.css").read_text(encoding="utf-8")),
@@ -51,8 +53,13 @@ def render(report: Report) -> str:
             "methods": size_against_kl(report.quantization.comparison),
             "layers": layer_strip(report.quantization.layers),
             "tokens": token_times(report),
+            "maximum": outlier_chart(outliers, "maximum"),
+            "kurtosis": outlier_chart(outliers, "kurtosis"),
         },
         cells=grid(report.quantization.layers),
+        worst=[] if outliers is None else worst(outliers),
+        compared=outliers is not None and changed(outliers),
+        schemes=SCHEMES,
         recipe=_yaml(report.deployed.recipe),
         split=partial(split_text, report),
     )

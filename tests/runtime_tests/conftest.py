@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from report_fakes import HOSTILE, Made, make, make_device, provenance
+from report_fakes import HOSTILE, RECIPE_A8, Made, activations, make, make_device, provenance
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """On an emulated device, with everything recorded."""
+    """On an emulated device, of a bundle from before activations were planned, with everything else recorded."""
     return make(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """On real hardware, with everything recorded."""
-    return make(tmp_path_factory.mktemp("measured"), execution="measured", name="host")
+    bundle = {"origin": provenance() | activations(), "recipe": RECIPE_A8}
+    return make(tmp_path_factory.mktemp("measured"), bundle=bundle, execution="measured", name="host")
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +32,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Made:
         origin["comparison"].append(
             {"method": f"{HOSTILE}{index}", "recipe": HOSTILE, "kl": kl, "payload_bytes": 10**8 + index, "top1": 0.5}
         )
-    bundle = {"origin": origin, "hostile": HOSTILE}
+    planned = activations()
+    planned["transforms"] = {"names": [HOSTILE], "notes": [HOSTILE * 3]}
+    planned["activations"] |= {"kept": [HOSTILE], "costs": {HOSTILE: 1e-300, "a" * 200: 1e300}}
+    for side, largest in (("before", 1e300), ("after", 5e-324)):
+        planned["outliers"][side] = [
+            {"layer": layer, "place": "down", "maximum": largest, "typical": 0.0, "kurtosis": largest}
+            for layer in (0, 10_000)
+        ]
+    recipe = RECIPE_A8 | {"activations": {"scheme": HOSTILE}, "transforms": [HOSTILE]}
+    bundle = {"origin": origin | planned, "hostile": HOSTILE, "recipe": recipe}
     greedy = make_device().greedy * 0 + 5
     return make(tmp_path_factory.mktemp("hostile"), bundle=bundle, greedy=greedy, name=HOSTILE)

@@ -32,6 +32,7 @@ RECIPE = {
     "calibration": {"sequences": 64, "sequence_length": 512, "held_out_sequences": 8},
     "seed": 0,
 }
+RECIPE_A8 = {**RECIPE, "activations": {"scheme": "per_block", "bits": 8, "budget": 0.1}, "transforms": ["smooth"]}
 HOSTILE = "<script>alert(1)</script><img/src=x>&\u202e'\""
 BLOCKS = 30
 PROJECTIONS = (
@@ -101,6 +102,41 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def activations(blocks: int = BLOCKS) -> dict[str, Any]:
+    """What `quantize` records of a recipe with int8 activations and a transform."""
+    noise = np.random.default_rng(5)
+    modules = [f"model.layers.{block}.{projection}" for block in range(blocks) for projection in PROJECTIONS]
+    costs = {name: float(10 ** noise.uniform(-6, -3)) for name in [*modules, "lm_head"]}
+    kept = [f"model.layers.{block}.mlp.down_proj" for block in sorted({min(1, blocks - 1), blocks - 1})]
+    costs |= {name: 0.05 / (1 + place) for place, name in enumerate(kept)}
+    return {
+        "transforms": {"names": ["smooth"], "notes": ["smooth q_k: left out, heads are normed"]},
+        "activations": {
+            "weights_kl": 0.0492,
+            "all_int8_kl": 0.0911,
+            "kl": 0.0537,
+            "kept": kept,
+            "costs": dict(sorted(costs.items(), key=lambda item: -item[1])),
+        },
+        "outliers": {"before": _outliers(noise, blocks, 400.0), "after": _outliers(noise, blocks, 12.0)},
+    }
+
+
+def _outliers(noise: np.random.Generator, blocks: int, spike: float) -> list[dict[str, Any]]:
+    """Attention and MLP raised in all blocks, and `down` far above them in two."""
+
+    def row(layer: int, place: str, height: float) -> dict[str, Any]:
+        maximum = height * float(10 ** noise.uniform(-0.15, 0.15))
+        return {"layer": layer, "place": place, "maximum": maximum, "typical": 0.5, "kurtosis": 3 + maximum**1.6}
+
+    raised = {"attention": spike / 10, "o": 2.0, "mlp": spike / 20}
+    rows = []
+    for layer in range(blocks):
+        rows += [row(layer, place, height) for place, height in raised.items()]
+        rows.append(row(layer, "down", 40 * spike if layer in (1, blocks - 1) else spike / 4))
+    return [*rows, row(-1, "head", spike / 3)]
+
+
 def reference_tensors() -> dict[str, NDArray[Any]]:
     """A seeded reference: the quantized logits are the original's with a little noise."""
     noise = np.random.default_rng(7)
@@ -128,6 +164,7 @@ def make_bundle(
     tensors: dict[str, NDArray[Any]] | None = None,
     origin: dict[str, Any] | None = None,
     activations: str = "int8",
+    recipe: dict[str, Any] | None = None,
 ) -> Path:
     """Write a bundle whose manifest is right (docs/contracts.md)."""
     reference = path / "reference"
@@ -154,7 +191,7 @@ def make_bundle(
     write_tokenizer(path / "tokenizer.json", words(hostile))
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     save_file(tensors or reference_tensors(), reference / "reference.safetensors")
-    (reference / "recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
+    (reference / "recipe.yaml").write_text(yaml.safe_dump(recipe or RECIPE, sort_keys=False))
     if origin is not None:
         (reference / "provenance.json").write_text(json.dumps(origin))
     write_manifest(path)

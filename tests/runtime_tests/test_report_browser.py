@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_browser import find_chromium, measure_page, take_screenshot
-from report_fakes import Made
+from report_fakes import Made, activations, make, provenance
 
 SKIP = "BOA_EDGE_SKIP_BROWSER"
 
@@ -36,6 +36,15 @@ def test_page_fits_its_window_and_asks_nobody(kind: str, width: int, request: py
     assert page.labels == [], "texts that reach out of their chart"
     assert page.touching == [], "texts that overlap in a chart"
     assert page.smallest >= 9.5
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("blocks", [1, 126])
+def test_outliers_of_small_and_large_models_fit(tmp_path: Path, blocks: int, width: int) -> None:
+    origin = provenance() | activations(blocks)
+    page = measure_page(make(tmp_path, bundle={"origin": origin}).directory / "report.html", width)
+    assert page.scroll <= width
+    assert page.clipped == page.labels == page.touching == []
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, False), (360, True)])
