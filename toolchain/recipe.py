@@ -30,7 +30,7 @@ from toolchain.activations.cache import CacheScheme
 from toolchain.grids import GridFormat, ScaleSearch
 from toolchain.methods import METHODS
 from toolchain.options import Options
-from toolchain.transforms.named import NAMES
+from toolchain.transforms.named import LEARNED_ROTATION, NAMES
 
 DEFAULT_RECIPE = "w4g32-edge"
 _NAME = re.compile(
@@ -108,6 +108,22 @@ class CacheChoice(_Frozen):
     bits: Literal[8] = 8
 
 
+class LearningChoice(_Frozen):
+    """How the transform `learnedrotation` learns (`toolchain.rotation_learning`).
+
+    Attributes:
+        steps: of gradient descent, each on 128 tokens.
+        angle: by which the first step turns, in radians; later ones less.
+        head: `tied`: two products with the rotation at run time; `untied`: none, and the head stored by itself.
+        largest_model: in parameters; a larger model is refused.
+    """
+
+    steps: int = Field(default=64, ge=1, le=10000)
+    angle: float = Field(default=0.05, gt=0, le=1)
+    head: Literal["tied", "untied"] = "tied"
+    largest_model: int = Field(default=400_000_000, ge=1)
+
+
 class CalibrationSize(_Frozen):
     """How much text the statistics see, and how much is held out to evaluate on.
 
@@ -135,6 +151,7 @@ class Recipe(_Frozen):
         activations: null leaves them in floating point.
         kv_cache: null keeps keys and values in floating point.
         transforms: by name (`toolchain.transforms.named`), in this order, before anything is quantized.
+        learning: of the transform `learnedrotation`.
         seed: of text that the model writes itself, and of rotations.
     """
 
@@ -148,6 +165,7 @@ class Recipe(_Frozen):
     activations: ActivationChoice | None = None
     kv_cache: CacheChoice | None = None
     transforms: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    learning: LearningChoice = LearningChoice()
     calibration: CalibrationSize = CalibrationSize()
     seed: int = Field(default=0, ge=0)
 
@@ -160,6 +178,8 @@ class Recipe(_Frozen):
                 raise ValueError(f"transform {name!r} is unknown; accepted: {', '.join(NAMES)}")
         if len(set(self.transforms)) != len(self.transforms):
             raise ValueError(f"transforms {', '.join(self.transforms)}: one comes twice")
+        if LEARNED_ROTATION in self.transforms and self.activations is None:
+            raise ValueError(f"transform {LEARNED_ROTATION!r} learns what suits int8 activations: set activations")
         if self.search == "hessian" and not METHODS[self.method].options:
             raise ValueError(f"scale_search 'hessian' needs statistics, and method {self.method!r} collects none")
         return self
@@ -272,6 +292,7 @@ def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
         "activations": ActivationChoice,
         "kv_cache": CacheChoice,
         "solver": Options,
+        "learning": LearningChoice,
         "calibration": CalibrationSize,
     }
     parent = models.get(str(location[0]), Recipe) if len(location) > 1 else Recipe

@@ -17,6 +17,7 @@ from toolchain.entry import decoder_layers
 from toolchain.loading.source import SourceModel
 from toolchain.loading.streamed import streamed_blocks
 from toolchain.transforms.base import Transform, table_names, transform_block, transform_tables
+from toolchain.transforms.learned import LearnedResidual, LearnedValues
 from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.product import OnlineProduct, times
 from toolchain.transforms.record import from_record, to_record
@@ -26,6 +27,8 @@ from toolchain.transforms.smooth import PAIRS, Pair, Smooth, refusal, scale_shap
 
 __all__ = [
     "PAIRS",
+    "LearnedResidual",
+    "LearnedValues",
     "OnlineProduct",
     "Pair",
     "RotateDown",

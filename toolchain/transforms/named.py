@@ -9,8 +9,9 @@ from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.rotate import RotateResidual, RotateValues
 
 SMOOTH = "smooth"
+LEARNED_ROTATION = "learnedrotation"
 
-# A new rotation is one line here. Smoothing is not: its scales are searched for on the model.
+# A new rotation is one line here. Smoothing and learned rotations are not: they are searched for on the model.
 ROTATIONS: dict[str, Callable[[int], list[Transform]]] = {
     "rotate": lambda seed: [RotateResidual(seed), RotateValues(seed)],
     "rotateuntied": lambda seed: [RotateResidual(seed, "untied"), RotateValues(seed)],
@@ -18,4 +19,4 @@ ROTATIONS: dict[str, Callable[[int], list[Transform]]] = {
     "rotatekeys": lambda seed: [RotateQueryKey(seed)],
     "rotatedown": lambda seed: [RotateDown()],
 }
-NAMES = (SMOOTH, *ROTATIONS)
+NAMES = (SMOOTH, *ROTATIONS, LEARNED_ROTATION)

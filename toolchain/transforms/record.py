@@ -12,13 +12,15 @@ from boa_edge.errors import BoaEdgeError
 from toolchain.families import DecoderSpec
 from toolchain.transforms.base import Transform
 from toolchain.transforms.fields import Fields
+from toolchain.transforms.learned import LearnedResidual, LearnedValues
 from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.rotate import RotateResidual, RotateValues
 from toolchain.transforms.runtime import check_transforms
 from toolchain.transforms.smooth import Smooth
 
 KINDS: dict[str, type[Transform]] = {
-    each.kind: each for each in (Smooth, RotateResidual, RotateValues, RotateQueryKey, RotateDown)
+    each.kind: each
+    for each in (Smooth, RotateResidual, RotateValues, RotateQueryKey, RotateDown, LearnedResidual, LearnedValues)
 }
 
 

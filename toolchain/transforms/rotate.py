@@ -31,8 +31,7 @@ from toolchain.transforms.product import OnlineProduct
 HeadMode = Literal["tied", "untied"]
 
 
-@dataclass(frozen=True)
-class RotateResidual(Transform):
+class ResidualRotation(Transform):
     """R1, left out on models that norm what their sublayers put out: those norms' weights do not commute with it.
 
     Attributes:
@@ -41,15 +40,13 @@ class RotateResidual(Transform):
             itself, and take up memory each for itself; nothing is computed besides.
     """
 
-    kind: ClassVar[str] = "r1"
-    seed: int = 0
-    head: HeadMode = "tied"
+    head: HeadMode
 
-    def check(self, spec: DecoderSpec) -> None:
+    def check_head(self) -> None:
+        """Raises UsageError where `head` is none of its values."""
         if self.head not in get_args(HeadMode):
             accepted = ", ".join(get_args(HeadMode))
             raise UsageError(f"is {self.head!r}", where=f"{self.kind}: head", fix=f"Accepted: {accepted}")
-        factors(spec.hidden_size)
 
     def notes(self, spec: DecoderSpec) -> list[str]:
         if spec.residual_is_plain:
@@ -59,8 +56,7 @@ class RotateResidual(Transform):
 
     def matrix(self, spec: DecoderSpec) -> Tensor:
         """R1, float64 [hidden, hidden]; rows are multiplied by it."""
-        rotation = random_rotation(spec.hidden_size, self.seed).mT.contiguous()
-        return _fixing_ones(rotation) if spec.norm == "layer" else rotation
+        raise NotImplementedError
 
     def block(self, spec: DecoderSpec, layer: int, parameters: Parameters) -> dict[str, Tensor]:
         held = dict(parameters)
@@ -97,6 +93,23 @@ class RotateResidual(Transform):
         inverse = OnlineProduct("r1_inverse", "input", spec.final_norm, size, (rotation.mT.contiguous(),))
         return [*(OnlineProduct("r1", "output", table, size, (rotation,)) for table in tables), inverse]
 
+
+@dataclass(frozen=True)
+class RotateResidual(ResidualRotation):
+    """R1, a random Hadamard matrix."""
+
+    kind: ClassVar[str] = "r1"
+    seed: int = 0
+    head: HeadMode = "tied"
+
+    def check(self, spec: DecoderSpec) -> None:
+        self.check_head()
+        factors(spec.hidden_size)
+
+    def matrix(self, spec: DecoderSpec) -> Tensor:
+        rotation = random_rotation(spec.hidden_size, self.seed).mT.contiguous()
+        return _fixing_ones(rotation) if spec.norm == "layer" else rotation
+
     def document(self) -> dict[str, object]:
         return {"seed": self.seed, "head": self.head}
 
@@ -105,19 +118,12 @@ class RotateResidual(Transform):
         return cls(fields.integer("seed"), cast(HeadMode, fields.choice("head", get_args(HeadMode))))
 
 
-@dataclass(frozen=True)
-class RotateValues(Transform):
+class ValueRotation(Transform):
     """R2, another one in every key-value head of every layer."""
-
-    kind: ClassVar[str] = "r2"
-    seed: int = 0
-
-    def check(self, spec: DecoderSpec) -> None:
-        factors(spec.head_dim)
 
     def matrices(self, spec: DecoderSpec, layer: int) -> Tensor:
         """R2 of each key-value head, float64 [kv heads, head size, head size]; columns are multiplied by it."""
-        return torch.stack([random_rotation(spec.head_dim, self.seed, layer, head) for head in range(spec.kv_heads)])
+        raise NotImplementedError
 
     def block(self, spec: DecoderSpec, layer: int, parameters: Parameters) -> dict[str, Tensor]:
         held, parts = dict(parameters), spec.layer_names[layer].parts()
@@ -128,6 +134,20 @@ class RotateValues(Transform):
         turned = heads @ rotations.repeat_interleave(spec.heads // spec.kv_heads, 0).mT
         held[name] = turned.transpose(0, 1).flatten(1)
         return held
+
+
+@dataclass(frozen=True)
+class RotateValues(ValueRotation):
+    """R2, random Hadamard matrices."""
+
+    kind: ClassVar[str] = "r2"
+    seed: int = 0
+
+    def check(self, spec: DecoderSpec) -> None:
+        factors(spec.head_dim)
+
+    def matrices(self, spec: DecoderSpec, layer: int) -> Tensor:
+        return torch.stack([random_rotation(spec.head_dim, self.seed, layer, head) for head in range(spec.kv_heads)])
 
     def document(self) -> dict[str, object]:
         return {"seed": self.seed}

@@ -43,12 +43,13 @@ def check_transforms(spec: DecoderSpec, transforms: Sequence[Transform]) -> None
     seen: set[str] = set()
     for transform in transforms:
         transform.check(spec)
-        if transform.kind in seen and transform.kind in ("r1", "r3", "r4"):
-            raise UsageError(f"{transform.kind} comes twice", where="transforms", fix="Keep one")
+        kind = transform.kind.removesuffix("_learned")
+        if kind in seen and kind in ("r1", "r3", "r4"):
+            raise UsageError(f"{kind} comes twice", where="transforms", fix="Keep one")
         if isinstance(transform, Smooth) and "r4" in seen and any(pair == "up_down" for _, pair in transform.scales):
             problem = "smooth up_down comes after r4, which mixes the channels between up and down"
             raise UsageError(problem, where="transforms", fix="Smooth first")
-        seen.add(transform.kind)
+        seen.add(kind)
 
 
 def transforms_of(model: nn.Module) -> tuple[Transform, ...]:
