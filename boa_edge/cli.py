@@ -54,6 +54,10 @@ ActivationsOption = Annotated[
     Activations | None,
     typer.Option("--activations", help="How the runtime computes with activations: int8 (default, fast) or float32."),
 ]
+FormOption = Annotated[
+    str | None,
+    typer.Option("--form", help="onnx: qdq (default, standard operators) or fused (ONNX Runtime's own, and genai's)."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="A device's name (`boa-edge devices`) or profile file.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")]
 
@@ -67,7 +71,7 @@ def _finish(document: dict[str, Any]) -> None:
 def quantize(
     model: ModelArgument,
     output: OutputOption,
-    recipe: RecipeOption = "w4g32-edge",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     calibration: CalibrationOption = None,
     compare: CompareOption = "none",
     overwrite: OverwriteOption = False,
@@ -97,13 +101,14 @@ def export(
     output: OutputOption,
     runtime: RuntimeOption = "onnx",
     activations: ActivationsOption = None,
+    form: FormOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Quantized checkpoint in, a bundle that the runtime loads out."""
     from exporters import export as stage
 
     quiet_transformers()
-    _finish(stage(checkpoint, runtime, output, activations=activations, overwrite=overwrite).as_dict())
+    _finish(stage(checkpoint, runtime, output, activations=activations, form=form, overwrite=overwrite).as_dict())
 
 
 @app.command()
@@ -181,12 +186,13 @@ def run(
         Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
-    recipe: RecipeOption = "w4g32-edge",
+    recipe: RecipeOption = DEFAULT_RECIPE,
     runtime: RuntimeOption = "onnx",
     device: DeviceOption = "arm64",
     calibration: CalibrationOption = None,
     compare: CompareOption = "rtn,gptq",
     activations: ActivationsOption = None,
+    form: FormOption = None,
 ) -> None:
     """All stages: OUTPUT/checkpoint, OUTPUT/bundle, OUTPUT/report. Finished stages of the same request are kept."""
     from boa_edge.pipeline import run_all
@@ -202,6 +208,7 @@ def run(
             calibration=calibration,
             compare=_names(compare),
             activations=activations,
+            form=form,
         )
     )
 

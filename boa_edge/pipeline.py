@@ -30,11 +30,15 @@ def run_all(
     calibration: str | None,
     compare: tuple[str, ...],
     activations: Activations | None,
+    form: str | None = None,
 ) -> dict[str, Any]:
     """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work."""
     chosen = load_recipe(recipe)
     if runtime not in EXPORTERS:
         raise UsageError(f"unknown runtime {runtime!r}", where="--runtime", fix=f"Accepted: {', '.join(EXPORTERS)}")
+    forms = EXPORTERS[runtime].forms
+    if form is not None and form not in forms:
+        raise UsageError(f"{runtime} has no form {form!r}", where="--form", fix=f"Accepted: {', '.join(forms)}")
     open_device(device)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -54,12 +58,12 @@ def run_all(
             model, checkpoint, recipe=chosen, calibration=calibration, compare=compare, overwrite=True
         ).as_dict(),
     )
-    exporting = {**quantizing, "runtime": runtime, "activations": activations}
+    exporting = {**quantizing, "runtime": runtime, "activations": activations, "form": form}
     _stage(
         output,
         bundle,
         exporting,
-        lambda: export(checkpoint, runtime, bundle, activations=activations, overwrite=True).as_dict(),
+        lambda: export(checkpoint, runtime, bundle, activations=activations, form=form, overwrite=True).as_dict(),
     )
     # Measurements are made anew each time: the device is not part of the request.
     result = measure(bundle, device, report, overwrite=True)

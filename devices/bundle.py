@@ -10,6 +10,8 @@ from typing import Any
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file
 
+_FORMS = ("qdq", "fused")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -17,6 +19,7 @@ class Program:
 
     Attributes:
         runtime: which runner executes it.
+        form: which inputs its graph takes: `qdq` or `fused`.
         model: name of the model's file; the others stand beside it.
         files: names of the files that must be on the device.
         session_config: settings for the runtime, as text.
@@ -26,6 +29,7 @@ class Program:
 
     directory: Path
     runtime: str
+    form: str
     model: str
     files: tuple[str, ...]
     session_config: dict[str, str]
@@ -50,12 +54,17 @@ def read_program(directory: Path) -> Program:
     for key, value in config.items():
         if not isinstance(value, str) or not key or "=" in key:
             raise BoaEdgeError(f"'session_config' entry {key!r} = {value!r} must be text to text", where=where)
+    form = document.get("form", _FORMS[0])  # bundles from before there were two have none
+    if form not in _FORMS:
+        known = " or ".join(_FORMS)
+        raise BoaEdgeError(f"'form' is {json.dumps(form)[:80]}; it must be {known}", where=where, fix="Export it again")
     data = f"{model}.data"
     files = (model, data) if (directory / data).is_file() else (model,)
     _check_manifest(directory, files)
     return Program(
         directory=directory,
         runtime=_field(document, "runtime", str, where),
+        form=form,
         model=model,
         files=files,
         session_config=config,

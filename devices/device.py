@@ -197,7 +197,7 @@ def _advice(outcome: Outcome) -> str:
 
 def _arguments(program: Program, request: GenerateRequest | ScoreRequest, workplace: Workplace) -> list[str]:
     arguments = ["--model", workplace.path(program.model), "--tokens", workplace.path(_TOKENS)]
-    arguments += ["--threads", str(request.threads)]
+    arguments += ["--form", program.form, "--threads", str(request.threads)]
     if isinstance(request, ScoreRequest):
         arguments += ["--mode", "score", "--logits", workplace.path(_LOGITS)]
     else:

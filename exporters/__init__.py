@@ -25,6 +25,7 @@ def export(
     output: Path,
     *,
     activations: Activations | None = None,
+    form: str | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
     """Lower a quantized checkpoint to a bundle that `runtime` loads (docs/contracts.md, "Bundle").
@@ -34,10 +35,11 @@ def export(
         runtime: a key of EXPORTERS.
         output: the bundle's directory; whole or absent afterwards.
         activations: precision of the inputs of the quantized linears; None means int8, the fast default.
+        form: one of the runtime's forms (`qdq` or `fused` for onnx); None means its default.
         overwrite: replace an existing, non-empty `output`.
 
     Raises:
-        UsageError: an unknown runtime or activation type, or `output` exists.
+        UsageError: an unknown runtime, activation type or form, or `output` exists.
         BoaEdgeError: the checkpoint is broken, cannot be run fast by the runtime, or the disk is full.
     """
     start = time.monotonic()
@@ -49,10 +51,13 @@ def export(
     chosen: Activations = activations or "int8"
     if chosen not in ("int8", "float32"):
         raise UsageError(f"unknown activation type {chosen!r}", fix="Known: int8, float32")
+    shape = form or exporter.forms[0]
+    if shape not in exporter.forms:
+        raise UsageError(f"{runtime} has no form {shape!r}", fix=f"Known: {', '.join(exporter.forms)}")
     source = Checkpoint(checkpoint)
-    exporter.check(source, chosen)
+    exporter.check(source, chosen, shape)
     with output_directory(output, overwrite=overwrite) as directory:
-        lowered = exporter.lower(source, directory, chosen)
+        lowered = exporter.lower(source, directory, chosen, shape)
         copy_companions(source, directory)
         manifest = write_manifest(directory, source.recipe)
     for note in lowered.notes:
@@ -60,6 +65,7 @@ def export(
     return ExportResult(
         bundle=output,
         runtime=runtime,
+        form=shape,
         activations=chosen,
         size_bytes=sum(entry.size for entry in manifest.files.values() if entry.role == "runtime"),
         quantized_linears=lowered.quantized_linears,

@@ -34,6 +34,7 @@ class ExportResult:
     Attributes:
         bundle: the directory.
         runtime: the runtime that it is for.
+        form: which of the runtime's forms it has.
         activations: `int8` or `float32`, the precision of the inputs of the quantized linears.
         size_bytes: sum of the sizes of the files that are needed to run (role `runtime` in the manifest).
         quantized_linears, weight_bytes, notes: see `Lowered`.
@@ -42,6 +43,7 @@ class ExportResult:
 
     bundle: Path
     runtime: str
+    form: str
     activations: Activations
     size_bytes: int
     quantized_linears: int
@@ -54,6 +56,7 @@ class ExportResult:
         return {
             "bundle": str(self.bundle),
             "runtime": self.runtime,
+            "form": self.form,
             "activations": self.activations,
             "size_bytes": self.size_bytes,
             "quantized_linears": self.quantized_linears,
@@ -70,7 +73,9 @@ class Exporter:
     Attributes:
         check: refuses, before any heavy work, what the runtime cannot hold or run fast; raises BoaEdgeError.
         lower: writes the model files and `runtime.json` into an empty directory, and proves that they load.
+        forms: what `check` and `lower` know as the last argument, the default first.
     """
 
-    check: Callable[[Checkpoint, Activations], None]
-    lower: Callable[[Checkpoint, Path, Activations], Lowered]
+    check: Callable[[Checkpoint, Activations, str], None]
+    lower: Callable[[Checkpoint, Path, Activations, str], Lowered]
+    forms: tuple[str, ...]

@@ -20,6 +20,8 @@ RUNTIME = "runtime.json"
 REFERENCE = "reference"
 SCHEMA_VERSION: Literal[1] = 1
 
+Form = Literal["qdq", "fused"]
+
 _EXPORT_AGAIN = "Export the bundle again"
 _COMPANIONS = (
     "tokenizer*",
@@ -49,12 +51,14 @@ class RuntimeConfig(_Document):
 
     Attributes:
         model: the graph's file name inside the bundle.
+        form: which inputs the graph takes (docs/contracts.md); bundles from before there were two have none.
         activations: precision of the inputs of the quantized linears, chosen on purpose.
         session_config: options of the runtime's session, to be passed on as they are.
     """
 
     runtime: str
     model: str
+    form: Form = "qdq"
     activations: Literal["int8", "float32"]
     session_config: dict[str, str]
     context_length: int = Field(gt=0)

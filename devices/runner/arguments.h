@@ -17,6 +17,7 @@ struct Arguments {
     std::string model;
     std::string tokens;
     std::string mode;
+    std::string form = "qdq";
     std::string logits;
     int new_tokens = 0;
     int warmup = 0;
@@ -51,6 +52,11 @@ inline Arguments parse_arguments(int argc, char** argv) {
             out.tokens = value;
         } else if (flag == "--mode") {
             out.mode = value;
+        } else if (flag == "--form") {
+            if (value != "qdq" && value != "fused") {
+                throw std::invalid_argument("--form is '" + value + "'; it must be qdq or fused");
+            }
+            out.form = value;
         } else if (flag == "--logits") {
             out.logits = value;
         } else if (flag == "--new-tokens") {

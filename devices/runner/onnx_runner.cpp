@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -87,9 +88,15 @@ void expect(const Port& port, int type, std::size_t rank) {
 }
 
 // A decoder session and its KV cache.
+//
+// The two forms of a graph differ in where they keep the cache and in which logits they give. `qdq` takes the past and
+// returns it with the new tokens behind, and always gives all logits. `fused` writes into buffers of the caller's, which
+// are given as past and as present, and gives the last position's logits and, on request, those from a position on.
 class Decoder {
   public:
-    explicit Decoder(const Arguments& arguments) {
+    // `capacity`: the most tokens that a sequence will have.
+    Decoder(const Arguments& arguments, std::int64_t capacity)
+        : fused_(arguments.form == "fused"), capacity_(capacity) {
         ort::Env* env = nullptr;
         check(api->create_env(ort::kLogWarning, "boa-edge", &env), "environment");
         env_.reset(env);
@@ -118,48 +125,74 @@ class Decoder {
 
     // Forget the sequence.
     void reset() {
-        past_.clear();
         past_length_ = 0;
+        if (fused_ && !past_.empty()) return;  // what stands in the buffers beyond the length is not read
+        past_.clear();
         for (const Port& port : past_ports_) {
-            const Shape shape = {1, port.shape[1], 0, port.shape[3]};
+            const Shape shape = {1, port.shape[1], fused_ ? capacity_ : 0, port.shape[3]};
             ort::Value* value = nullptr;
             check(api->create_tensor(allocator_, shape.data(), shape.size(), ort::kElementFloat, &value), port.name);
             past_.emplace_back(value, api->release_value);
         }
     }
 
-    // Run `tokens` after what is in the cache; the logits [tokens, vocabulary] stay valid until the next call.
-    const float* step(const std::int64_t* tokens, std::size_t count, bool keep_cache) {
+    // Run `tokens` after what is in the cache; gives the last one's logits [vocabulary], valid until the next call.
+    const float* step(const std::int64_t* tokens, std::size_t count) {
+        const float* logits = run(tokens, count, false);
+        return fused_ ? logits : logits + (static_cast<std::int64_t>(count) - 1) * vocabulary_;
+    }
+
+    // Run `tokens` as a sequence of their own; gives all logits [tokens, vocabulary], valid until the next call.
+    const float* score(const std::vector<std::int64_t>& tokens) {
+        reset();
+        return run(tokens.data(), tokens.size(), true);
+    }
+
+  private:
+    const float* run(const std::int64_t* tokens, std::size_t count, bool all) {
         const std::int64_t total = past_length_ + static_cast<std::int64_t>(count);
         ids_.assign(tokens, tokens + count);
         mask_.assign(static_cast<std::size_t>(total), 1);
         positions_.resize(count);
         for (std::size_t i = 0; i < count; ++i) positions_[i] = past_length_ + static_cast<std::int64_t>(i);
+        start_.assign(1, 0);
 
+        std::vector<const char*> names = input_names_;
         std::vector<Owned<ort::Value>> owned;
-        owned.push_back(wrap(ids_));
-        owned.push_back(wrap(mask_));
-        owned.push_back(wrap(positions_));
+        owned.push_back(wrap(ids_, {1, static_cast<std::int64_t>(count)}));
+        owned.push_back(wrap(mask_, {1, total}));
+        if (!fused_) owned.push_back(wrap(positions_, {1, static_cast<std::int64_t>(count)}));
         std::vector<const ort::Value*> inputs;
         for (const auto& value : owned) inputs.push_back(value.get());
         for (const auto& value : past_) inputs.push_back(value.get());
-        std::vector<ort::Value*> outputs(keep_cache ? output_names_.size() : 1, nullptr);
-        check(api->run(session_.get(), nullptr, input_names_.data(), inputs.data(), inputs.size(),
-                       output_names_.data(), outputs.size(), outputs.data()),
+        if (fused_ && all) {
+            owned.push_back(wrap(start_, {1}));
+            inputs.push_back(owned.back().get());
+            names.push_back(kLogitsStart);
+        }
+        std::vector<const char*> wanted = output_names_;
+        if (fused_ && all) wanted[0] = kAllLogits;
+        if (!fused_ && all) wanted.resize(1);  // no further step will want the cache
+        std::vector<ort::Value*> outputs(wanted.size(), nullptr);
+        if (fused_) {
+            for (std::size_t i = 0; i < past_.size(); ++i) outputs[i + 1] = past_[i].get();  // written in place
+        }
+        check(api->run(session_.get(), nullptr, names.data(), inputs.data(), inputs.size(), wanted.data(),
+                       outputs.size(), outputs.data()),
               "inference");
         logits_.reset(outputs[0]);
-        if (keep_cache) {
+        if (!fused_ && !all) {
             past_.clear();
             for (std::size_t i = 1; i < outputs.size(); ++i) past_.emplace_back(outputs[i], api->release_value);
-            past_length_ = total;
         }
+        past_length_ = total;
 
+        const std::int64_t rows = fused_ && !all ? 1 : static_cast<std::int64_t>(count);
         ort::TensorInfo* raw = nullptr;
         check(api->value_info(logits_.get(), &raw), "logits");
         const Owned<ort::TensorInfo> info(raw, api->release_tensor_info);
         const Shape shape = shape_of(info.get());
-        const bool right = shape.size() == 3 && shape[0] == 1 && shape[1] == static_cast<std::int64_t>(count) &&
-                           shape[2] > 0 && (vocabulary_ == 0 || shape[2] == vocabulary_);
+        const bool right = shape.size() == 3 && shape[0] == 1 && shape[1] == rows && shape[2] > 0 && (vocabulary_ == 0 || shape[2] == vocabulary_);
         if (!right) {
             throw std::runtime_error("logits have shape " + text(shape) + " for " + std::to_string(count) + " tokens");
         }
@@ -169,14 +202,15 @@ class Decoder {
         return static_cast<const float*>(data);
     }
 
-  private:
     void describe() {
         const std::vector<Port> inputs = ports(session_.get(), allocator_, true);
         const std::vector<Port> outputs = ports(session_.get(), allocator_, false);
-        names_ = {"input_ids", "attention_mask", "position_ids"};
+        names_ = {"input_ids", "attention_mask"};
+        if (!fused_) names_.push_back("position_ids");
+        const std::size_t wanted = names_.size();
         std::size_t plain = 0;
         for (const Port& port : inputs) {
-            if (port.name == names_[0] || port.name == names_[1] || port.name == names_[2]) {
+            if (std::find(names_.begin(), names_.begin() + wanted, port.name) != names_.begin() + wanted) {
                 expect(port, ort::kElementInt64, 2);
                 ++plain;
             } else if (port.name.rfind(kPast, 0) == 0) {
@@ -190,8 +224,9 @@ class Decoder {
                 throw std::runtime_error("graph input '" + port.name + "' is not one that this runner knows");
             }
         }
-        if (plain != 3) {
-            throw std::runtime_error("the graph must have the inputs input_ids, attention_mask and position_ids");
+        if (plain != wanted) {
+            throw std::runtime_error(std::string("the graph must have the inputs input_ids") +
+                                     (fused_ ? " and attention_mask" : ", attention_mask and position_ids"));
         }
         const auto output = [&](const std::string& name) -> const Port& {
             for (const Port& port : outputs) {
@@ -201,6 +236,7 @@ class Decoder {
         };
         const Port& logits = output("logits");
         expect(logits, ort::kElementFloat, 3);
+        if (fused_) expect(output(kAllLogits), ort::kElementFloat, 3);
         vocabulary_ = logits.shape[2] > 0 ? logits.shape[2] : 0;
         present_names_ = {"logits"};
         for (const Port& port : past_ports_) {
@@ -212,8 +248,7 @@ class Decoder {
         for (const std::string& name : present_names_) output_names_.push_back(name.c_str());
     }
 
-    Owned<ort::Value> wrap(std::vector<std::int64_t>& data) {
-        const Shape shape = {1, static_cast<std::int64_t>(data.size())};
+    Owned<ort::Value> wrap(std::vector<std::int64_t>& data, const Shape& shape) {
         ort::Value* value = nullptr;
         check(api->wrap_tensor(memory_.get(), data.data(), data.size() * sizeof(std::int64_t), shape.data(), shape.size(),
                                ort::kElementInt64, &value),
@@ -223,6 +258,11 @@ class Decoder {
 
     static constexpr const char* kPast = "past_key_values.";
     static constexpr const char* kPresent = "present.";
+    static constexpr const char* kLogitsStart = "logits_start";
+    static constexpr const char* kAllLogits = "all_logits";
+
+    const bool fused_;
+    const std::int64_t capacity_;
 
     // Destroyed in reverse order: values before the session, the session before the environment.
     Owned<ort::Env> env_{nullptr, api->release_env};
@@ -233,7 +273,7 @@ class Decoder {
     std::vector<const char*> input_names_, output_names_;
     std::vector<Port> past_ports_;
     std::vector<Owned<ort::Value>> past_;
-    std::vector<std::int64_t> ids_, mask_, positions_;
+    std::vector<std::int64_t> ids_, mask_, positions_, start_;
     Owned<ort::Value> logits_{nullptr, api->release_value};
     std::int64_t vocabulary_ = 0;
     std::int64_t past_length_ = 0;
@@ -260,9 +300,8 @@ void generate(Decoder& decoder, const Arguments& arguments, const std::vector<st
         };
         decoder.reset();
         std::int64_t start = now_ns();
-        const float* logits = decoder.step(prompt.data(), prompt.size(), true);
-        const auto last = static_cast<std::int64_t>(prompt.size()) - 1;
-        std::int64_t id = argmax(logits + last * decoder.vocabulary(), decoder.vocabulary());
+        const float* logits = decoder.step(prompt.data(), prompt.size());
+        std::int64_t id = argmax(logits, decoder.vocabulary());
         std::int64_t ns = now_ns() - start;
         Event("prefill")
             .add("run", index)
@@ -273,7 +312,8 @@ void generate(Decoder& decoder, const Arguments& arguments, const std::vector<st
         send_token(0, id, ns);
         for (int i = 1; i < arguments.new_tokens; ++i) {
             start = now_ns();
-            id = argmax(decoder.step(&id, 1, true), decoder.vocabulary());
+            logits = decoder.step(&id, 1);
+            id = argmax(logits, decoder.vocabulary());
             ns = now_ns() - start;
             send_token(i, id, ns);
         }
@@ -281,9 +321,8 @@ void generate(Decoder& decoder, const Arguments& arguments, const std::vector<st
 }
 
 void score(Decoder& decoder, const Arguments& arguments, const std::vector<std::int64_t>& tokens) {
-    decoder.reset();
     const std::int64_t start = now_ns();
-    const float* logits = decoder.step(tokens.data(), tokens.size(), false);
+    const float* logits = decoder.score(tokens);
     const std::int64_t ns = now_ns() - start;
     const std::size_t count = tokens.size() * static_cast<std::size_t>(decoder.vocabulary());
     std::FILE* file = std::fopen(arguments.logits.c_str(), "wb");
@@ -321,7 +360,8 @@ void run(int argc, char** argv) {
         .send();
 
     const std::int64_t start = now_ns();
-    Decoder decoder(arguments);
+    const auto longest = static_cast<std::int64_t>(tokens.size()) + arguments.new_tokens;
+    Decoder decoder(arguments, longest);
     Event("load").add("ns", now_ns() - start).send();
     for (std::size_t i = 0; i < tokens.size(); ++i) {
         if (tokens[i] < 0 || (decoder.vocabulary() > 0 && tokens[i] >= decoder.vocabulary())) {

@@ -1,9 +1,10 @@
-"""ONNX, QDQ form: standard operators only, integer codes behind DequantizeLinear, fused by ONNX Runtime at load."""
+"""ONNX: one checkpoint, the same codes in the graph that FORMS names."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from typing import cast
 
 import onnx_ir as ir
 from safetensors import safe_open
@@ -11,14 +12,14 @@ from safetensors import safe_open
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import write_json
 from exporters.base import Activations, Exporter, Lowered
-from exporters.bundle import RUNTIME, SCHEMA_VERSION, RuntimeConfig, token_ids
-from exporters.onnx.decoder import DecoderBuilder
+from exporters.bundle import RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token_ids
+from exporters.onnx.forms import FORMS
 from exporters.onnx.graph import GraphBuilder
-from exporters.onnx.kernels import FUSED_GROUPS, carrier, session_config
+from exporters.onnx.kernels import FUSED_GROUPS, carrier
 from exporters.onnx.lowerable import ACCEPTED, obstacles
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
-from toolchain.checkpoint import KV_CACHE, Checkpoint
+from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -39,7 +40,7 @@ def _schemes(checkpoint: Checkpoint) -> list[tuple[str, int, int | None]]:
     return found
 
 
-def check(checkpoint: Checkpoint, activations: Activations) -> None:
+def check(checkpoint: Checkpoint, activations: Activations, form: str) -> None:
     """Refuse decoders that the graph cannot hold, and group sizes that ONNX Runtime does not fuse: they would run some
     20 times slower.
 
@@ -58,6 +59,14 @@ def check(checkpoint: Checkpoint, activations: Activations) -> None:
             where=checkpoint.path / KV_CACHE,
             fix="Quantize with a recipe without kv_cache",
         )
+    plan = checkpoint.activations
+    if plan is not None and plan.format.scheme.startswith("static") and activations == "int8":
+        raise BoaEdgeError(
+            f"the activations are {plan.format.scheme}, for which ONNX Runtime's CPU has no kernel with int4 weights: "
+            "it would dequantize both at each call",
+            where=checkpoint.path / ACTIVATIONS,
+            fix="Quantize with activations of scheme per_block, or export with --activations float32",
+        )
     for what, _, group_size in _schemes(checkpoint):
         if group_size is not None and group_size not in FUSED_GROUPS:
             sizes = ", ".join(str(size) for size in FUSED_GROUPS)
@@ -68,11 +77,17 @@ def check(checkpoint: Checkpoint, activations: Activations) -> None:
             )
 
 
-def _notes(checkpoint: Checkpoint, activations: Activations) -> tuple[str, ...]:
+def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tuple[str, ...]:
     notes = []
+    plan = checkpoint.activations
+    if plan is not None and plan.format.scheme in ("per_token", "per_row") and activations == "int8":
+        notes.append(
+            f"the checkpoint was made for activations {plan.format.scheme}; ONNX Runtime quantizes them per block, "
+            "so its figures differ from the recorded ones"
+        )
     for what, bits, group_size in _schemes(checkpoint):
         chosen = carrier(bits, group_size, activations)
-        if what == "the embedding table":
+        if what == "the embedding table" and form == "qdq":
             chosen = carrier(8, group_size, activations)
         if chosen.dtype.bitwidth > bits:
             notes.append(
@@ -87,20 +102,23 @@ def _notes(checkpoint: Checkpoint, activations: Activations) -> tuple[str, ...]:
     return tuple(dict.fromkeys(notes))
 
 
-def lower(checkpoint: Checkpoint, directory: Path, activations: Activations) -> Lowered:
+def lower(checkpoint: Checkpoint, directory: Path, activations: Activations, form: str) -> Lowered:
     """Write `model.onnx`, `model.onnx.data` and `runtime.json`, and prove that they load and run.
 
     Raises:
         BoaEdgeError: the checkpoint is broken, or the graph fails a check.
     """
     spec = checkpoint.spec
+    name = cast(Form, form)
+    chosen = FORMS[name]
     ends, begin = token_ids(checkpoint)
     runtime = RuntimeConfig(
         schema_version=SCHEMA_VERSION,
         runtime="onnx",
         model=MODEL,
+        form=name,
         activations=activations,
-        session_config=session_config(activations),
+        session_config=chosen.session_config(activations),
         context_length=spec.max_positions,
         eos_token_ids=ends,
         bos_token_id=begin,
@@ -110,15 +128,16 @@ def lower(checkpoint: Checkpoint, directory: Path, activations: Activations) -> 
         head_dim=spec.head_dim,
     )
     dtypes = {carrier(bits, group_size, activations).dtype for _, bits, group_size in _schemes(checkpoint)}
-    opset = _OPSET_INT2 if ir.DataType.INT2 in dtypes else _OPSET
+    opset = _OPSET_INT2 if ir.DataType.INT2 in dtypes and name == "qdq" else _OPSET
     with WeightFile(directory / WEIGHTS) as weights:
         graph = GraphBuilder(weights, opset)
-        decoder = DecoderBuilder(graph, checkpoint, activations)
+        decoder = chosen.decoder(graph, checkpoint, activations)
         decoder.build()
     graph.save(directory / MODEL, importlib.metadata.version("boa-edge"))
     verify(directory / MODEL, runtime, weights.size)
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
-    return Lowered(len(decoder.linears), weights.size, _notes(checkpoint, activations))
+    chosen.companions(checkpoint, directory, runtime)
+    return Lowered(len(decoder.linears), weights.size, _notes(checkpoint, activations, name))
 
 
-EXPORTER = Exporter(check=check, lower=lower)
+EXPORTER = Exporter(check=check, lower=lower, forms=tuple(FORMS))

@@ -45,6 +45,12 @@ class GraphBuilder:
         self._inputs.append(value)
         return value
 
+    def optional_input(self, name: str, values: Sequence[int]) -> ir.Value:
+        """Declare an int64 input of one dimension that is `values` where the caller gives none."""
+        value = self.initializer(ir.tensor(np.asarray(values, np.int64), name=name))
+        self._inputs.append(value)
+        return value
+
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[Dimension]) -> None:
         """Make `value` a graph output under `name`."""
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
@@ -55,9 +61,19 @@ class GraphBuilder:
         return self.ops(kind, inputs, name, 1, **attributes)[0]
 
     def contrib(self, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes: object) -> ir.Value:
-        """Append a node of ONNX Runtime's own operator set."""
+        """Append a node of ONNX Runtime's own operator set, with one output."""
+        return self.contribs(kind, inputs, name, (0,), **attributes)[0]
+
+    def contribs(
+        self, kind: str, inputs: Sequence[ir.Value | None], name: str, used: Sequence[int], **attributes: object
+    ) -> tuple[ir.Value, ...]:
+        """Append a node of ONNX Runtime's own operator set; gives the outputs `used`, in that order."""
         self.domains["com.microsoft"] = 1
-        return self._append("com.microsoft", kind, inputs, name, 1, attributes)[0]
+        values = self._append("com.microsoft", kind, inputs, name, max(used) + 1, attributes)
+        for index, value in enumerate(values):
+            if index not in used:
+                value.name = ""
+        return tuple(values[index] for index in used)
 
     def ops(
         self, kind: str, inputs: Sequence[ir.Value | None], name: str, outputs: int, **attributes: object
@@ -88,6 +104,10 @@ class GraphBuilder:
     def codes(self, name: str, values: np.ndarray, dtype: ir.DataType) -> ir.Value:
         """An INT2, INT4 or INT8 initializer in the weight file."""
         return self.initializer(self.weights.codes(name, values, dtype))
+
+    def raw(self, name: str, values: np.ndarray) -> ir.Value:
+        """A uint8 initializer in the weight file."""
+        return self.initializer(self.weights.raw(name, values))
 
     def alias(self, name: str, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """A second initializer over the bytes of the first: once on disk, yet two tensors for the runtime."""

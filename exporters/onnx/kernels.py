@@ -27,6 +27,11 @@ def session_config(activations: Activations) -> dict[str, str]:
     return level | {_KLEIDIAI_KEY: "1"} if activations == "int8" else level
 
 
+def per_node_config(activations: Activations) -> dict[str, str]:
+    """The same options for a graph whose nodes state their precision themselves."""
+    return {key: value for key, value in session_config(activations).items() if key != ACCURACY_KEY}
+
+
 @dataclass(frozen=True)
 class Carrier:
     """How the codes of one linear stand in the graph.

@@ -11,10 +11,6 @@ from exporters.onnx.graph import GraphBuilder, scope
 from exporters.onnx.kernels import Carrier
 from toolchain.quantized import QuantizedWeight
 
-_MIDDLE = 8  # what stands for 0 in an unsigned nibble
-_PER_CHANNEL_BLOCK = 32
-_PRECISE_LEVEL = 1
-
 
 @dataclass(frozen=True)
 class StoredWeight:
@@ -89,45 +85,12 @@ def quantized_linear(g: GraphBuilder, x: ir.Value, module: str, weight: StoredWe
     return g.op("MatMul", [x, matrix], f"{path}/MatMul")
 
 
-def precise_linear(g: GraphBuilder, x: ir.Value, module: str, weight: QuantizedWeight) -> ir.Value:
-    """x float32 [batch, sequence, in] -> float32 [batch, sequence, out], computed in float32 whatever the session says.
-
-    The precision of a fused DequantizeLinear is a setting of the whole session, so this linear is written as the fused
-    kernel itself, with codes of up to 4 bits in unsigned nibbles.
-    """
-    rows, columns = weight.shape
-    block = weight.group_size or _PER_CHANNEL_BLOCK
-    blocks = -(-columns // block)
-    repeats = blocks // weight.scales.shape[1]
-    codes = np.zeros((rows, blocks * block), np.uint8)
-    codes[:, :columns] = weight.codes.numpy() + _MIDDLE
-    inputs = [
-        x,
-        g.codes(f"{module}.weight_nibbles", _nibbles(codes).reshape(rows, blocks, -1).view(np.int8), ir.DataType.UINT8),
-        g.floats(f"{module}.weight_scale", np.repeat(weight.scales.numpy(), repeats, 1)),
-    ]
-    if weight.zero_points is not None:
-        zeros = np.full((rows, blocks + blocks % 2), _MIDDLE, np.uint8)
-        zeros[:, :blocks] += np.repeat(weight.zero_points.numpy(), repeats, 1).view(np.uint8)
-        packed = _nibbles(zeros).reshape(-1).view(np.int8)
-        inputs.append(g.codes(f"{module}.weight_zero_nibbles", packed, ir.DataType.UINT8))
-    path = f"{scope(module)}/MatMulNBits"
-    return g.contrib(
-        "MatMulNBits", inputs, path, K=columns, N=rows, bits=4, block_size=block, accuracy_level=_PRECISE_LEVEL
-    )
-
-
-def _nibbles(values: np.ndarray) -> np.ndarray:
-    """uint8 [rows, columns] below 16 -> two per byte, the even column in the lower half."""
-    return values[:, ::2] | (values[:, 1::2] << 4)
-
-
 def float_linear(g: GraphBuilder, x: ir.Value, module: str, weight: np.ndarray) -> ir.Value:
     """x float32 [batch, sequence, in] -> float32 [batch, sequence, out], for `weight` float32 [out, in]."""
     matrix = g.floats(f"{module}.weight", weight.T)
     return g.op("MatMul", [x, matrix], f"{scope(module)}/MatMul")
 
 
-def add_bias(g: GraphBuilder, y: ir.Value, module: str, bias: np.ndarray) -> ir.Value:
+def add_bias(g: GraphBuilder, y: ir.Value, module: str, bias: ir.Value) -> ir.Value:
     """y float32 [..., out] + bias float32 [out]."""
-    return g.op("Add", [y, g.floats(f"{module}.bias", bias)], f"{scope(module)}/Add")
+    return g.op("Add", [y, bias], f"{scope(module)}/Add")

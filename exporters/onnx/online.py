@@ -22,6 +22,10 @@ class OnlineProducts:
     products: list[OnlineProduct]
     _matrices: dict[bytes, ir.Value] = field(default_factory=dict)
 
+    def any(self, place: Place, module: str | None = None) -> bool:
+        """Whether there is a product of that place, of any module or of this one."""
+        return any(each.place == place and module in (None, each.module) for each in self.products)
+
     def at(self, x: ir.Value, module: str, place: Place, width: int, path: str) -> ir.Value:
         """x float32 [batch, sequence, width] -> x M for the products of that place, if there are any.
 

@@ -15,9 +15,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from boa_edge.errors import BoaEdgeError
-from exporters.bundle import Bundle
+from exporters.bundle import Bundle, Form
 
 onnxruntime.disable_telemetry_events()
+
+LOGITS_START, ALL_LOGITS = "logits_start", "all_logits"
+"""Of the fused form, whose `logits` are the last position's. Input int64 [1]: the first position whose logits are
+wanted too; none where it is not given. Output float32 [batch, positions, vocabulary]: theirs."""
 
 _PROVIDERS = ["CPUExecutionProvider"]
 _WARNING = 3
@@ -65,10 +69,19 @@ class OnnxDecoder:
 
     Attributes:
         layers, kv_heads, head_dim: the shape of its cache.
+        form: which inputs the graph takes. The `fused` one knows no padding, and takes several tokens after others only
+            at batch 1.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, layers: int, kv_heads: int, head_dim: int) -> None:
-        self.session = session
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        form: Form = "qdq",
+    ) -> None:
+        self.session, self.form = session, form
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self._outputs = [output.name for output in session.get_outputs()]
 
@@ -76,7 +89,7 @@ class OnnxDecoder:
     def open(cls, bundle: Bundle, threads: int | None = None) -> OnnxDecoder:
         """From a checked bundle. Raises what `open_session` raises."""
         runtime = bundle.runtime
-        return cls(open_session(bundle, threads), runtime.layers, runtime.kv_heads, runtime.head_dim)
+        return cls(open_session(bundle, threads), runtime.layers, runtime.kv_heads, runtime.head_dim, runtime.form)
 
     def empty_cache(self, batch: int) -> dict[str, NDArray[np.float32]]:
         """`past_key_values.N.key|value`, float32 [batch, kv_heads, 0, head_dim]."""
@@ -88,6 +101,8 @@ class OnnxDecoder:
         tokens: NDArray[np.int64],
         cache: Mapping[str, NDArray[np.float32]],
         attention_mask: NDArray[np.int64] | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """Feed more tokens.
 
@@ -95,23 +110,35 @@ class OnnxDecoder:
             tokens: int64 [batch, sequence].
             cache: what the last step returned, or `empty_cache`.
             attention_mask: int64 [batch, past + sequence], 0 on padding at the left; None counts every token.
+            last_only: ask for no logits but the last position's; the `qdq` form gives all of them anyway.
 
         Returns:
             Logits float32 [batch, sequence, vocabulary], and the cache with these tokens.
+
+        Raises:
+            ValueError: padding, in the `fused` form.
         """
         batch, sequence = tokens.shape
         past = cache["past_key_values.0.key"].shape[2]
         if attention_mask is None:
             attention_mask = np.ones((batch, past + sequence), np.int64)
-        positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, past:]
         feed: dict[str, Any] = {
             "input_ids": np.ascontiguousarray(tokens, dtype=np.int64),
             "attention_mask": np.ascontiguousarray(attention_mask, dtype=np.int64),
-            "position_ids": np.ascontiguousarray(positions, dtype=np.int64),
             **cache,
         }
+        if self.form == "qdq":
+            positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, past:]
+            feed["position_ids"] = np.ascontiguousarray(positions, dtype=np.int64)
+        else:
+            if not attention_mask.all():
+                raise ValueError("the fused form takes no padding")
+            if not last_only:
+                feed[LOGITS_START] = np.asarray([0], np.int64)
         results = dict(zip(self._outputs, self.session.run(self._outputs, feed), strict=True))
-        logits = results.pop("logits")
+        logits, every = results.pop("logits"), results.pop(ALL_LOGITS, None)
+        if every is not None and not last_only:
+            logits = every
         return logits, {name.replace("present.", "past_key_values."): value for name, value in results.items()}
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -124,7 +151,7 @@ class OnnxDecoder:
         cache: Mapping[str, NDArray[np.float32]] = self.empty_cache(1)
         generated: list[int] = []
         for _ in range(new_tokens):
-            logits, cache = self.step(tokens, cache)
+            logits, cache = self.step(tokens, cache, last_only=True)
             generated.append(int(logits[0, -1].argmax()))
             tokens = np.asarray([[generated[-1]]], dtype=np.int64)
         return generated

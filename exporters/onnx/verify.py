@@ -51,7 +51,7 @@ def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int) -> None:
 
 def _decoder(model: Path, runtime: RuntimeConfig, config: Mapping[str, str]) -> OnnxDecoder:
     session = load(model, session_options(config))
-    return OnnxDecoder(session, runtime.layers, runtime.kv_heads, runtime.head_dim)
+    return OnnxDecoder(session, runtime.layers, runtime.kv_heads, runtime.head_dim, runtime.form)
 
 
 def _finite_logits(

@@ -67,6 +67,10 @@ class WeightFile:
         """Append int8 `values` of any shape as INT2, INT4 or INT8."""
         return self._append(name, pack_codes(values, dtype.bitwidth), dtype, values.shape)
 
+    def raw(self, name: str, values: np.ndarray) -> ir.ExternalTensor:
+        """Append uint8 `values` of any shape as they are."""
+        return self._append(name, np.ascontiguousarray(values).reshape(-1), ir.DataType.UINT8, values.shape)
+
     def alias(self, name: str, tensor: ir.ExternalTensor, shape: Sequence[int]) -> ir.ExternalTensor:
         """Another name, and maybe another shape, for bytes that are in the file already."""
         if math.prod(shape) != tensor.size:

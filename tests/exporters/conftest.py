@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from boa_edge.files import write_json, write_text
 from exporters import Bundle, export
 from exporters.base import Activations
+from exporters.bundle import Form
 from exporters.onnx.session import OnnxDecoder
 from toolchain.checkpoint import Checkpoint, write_weights
 from toolchain.families import describe
@@ -65,12 +66,12 @@ class Tiny:
         assert not missing or config["tie_word_embeddings"]
         return model
 
-    def export(self, output: Path, activations: Activations = "float32") -> Bundle:
-        export(self.path, "onnx", output, activations=activations)
+    def export(self, output: Path, activations: Activations = "float32", form: Form = "qdq") -> Bundle:
+        export(self.path, "onnx", output, activations=activations, form=form)
         return Bundle.open(output)
 
-    def decoder(self, output: Path, activations: Activations = "float32") -> OnnxDecoder:
-        return OnnxDecoder.open(self.export(output, activations), threads=1)
+    def decoder(self, output: Path, activations: Activations = "float32", form: Form = "qdq") -> OnnxDecoder:
+        return OnnxDecoder.open(self.export(output, activations, form), threads=1)
 
 
 SHAPE: dict[str, Any] = {

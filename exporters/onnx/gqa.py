@@ -1,0 +1,92 @@
+"""GroupQueryAttention: causality, rotary embedding and cache in one node of ONNX Runtime's own operator set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from exporters.onnx.graph import GraphBuilder
+from toolchain.families import AttentionSpec, DecoderSpec
+
+_FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How far the text goes, from the attention mask.
+
+    Attributes:
+        last: int32 [batch], the index of each row's last token.
+        total: int32 scalar, past + sequence. Not the cache's length: that one may be a longer buffer, written in place.
+    """
+
+    last: ir.Value
+    total: ir.Value
+
+
+def lengths(g: GraphBuilder, attention_mask: ir.Value) -> Lengths:
+    """From attention_mask int64 [batch, past + sequence]."""
+    one = g.constant([1], _INT64)
+    counted = g.op("ReduceSum", [attention_mask, one], "/lengths/ReduceSum", keepdims=0)
+    last = g.op("Cast", [g.op("Sub", [counted, one], "/lengths/Sub")], "/lengths/last/Cast", to=int(_INT32))
+    size = g.op("Shape", [attention_mask], "/lengths/Shape", start=1, end=2)
+    scalar = g.op("Squeeze", [size, g.constant([0], _INT64)], "/lengths/Squeeze")
+    return Lengths(last, g.op("Cast", [scalar], "/lengths/total/Cast", to=int(_INT32)))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """cos and sin of every position, float32 [context, rotary_dim / 2]."""
+
+    cos: ir.Value
+    sin: ir.Value
+
+
+def tables(g: GraphBuilder, attention: AttentionSpec, context: int, path: str) -> Tables:
+    """Written as a formula that the runtime evaluates once, when it loads the file: at 128k tokens they are 64 MB."""
+    first, step = g.constant(0.0, _FLOAT), g.constant(1.0, _FLOAT)
+    positions = g.op("Range", [first, g.constant(float(context), _FLOAT), step], f"{path}/Range")
+    column = g.op("Unsqueeze", [positions, g.constant([1], _INT64)], f"{path}/Unsqueeze")
+    angles = g.op("Mul", [column, g.constant(attention.rope_inv_freq, _FLOAT)], f"{path}/Mul")
+    cos, sin = g.op("Cos", [angles], f"{path}/Cos"), g.op("Sin", [angles], f"{path}/Sin")
+    if attention.rope_scaling != 1.0:
+        factor = g.constant(attention.rope_scaling, _FLOAT)
+        cos, sin = g.op("Mul", [cos, factor], f"{path}/cos/Mul"), g.op("Mul", [sin, factor], f"{path}/sin/Mul")
+    return Tables(cos, sin)
+
+
+def group_query_attention(
+    g: GraphBuilder,
+    projected: tuple[ir.Value] | tuple[ir.Value, ir.Value, ir.Value],
+    past: tuple[ir.Value, ir.Value],
+    at: Lengths,
+    turn: Tables | None,
+    spec: DecoderSpec,
+    path: str,
+    **attributes: object,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """softmax(scale q k^T) v over past and present, queries seeing what stands before them.
+
+    Args:
+        projected: q, k and v float32 [batch, sequence, heads * head_dim], or side by side in one tensor.
+        past: keys and values, float32 [batch, kv_heads, past or capacity, head_dim].
+        turn: the rotary embedding; None where q and k are turned already or never.
+
+    Returns:
+        The context float32 [batch, sequence, heads * head_dim], and the keys and values with the new ones behind.
+    """
+    q, k, v = projected if len(projected) == 3 else (projected[0], None, None)
+    rotary = [] if turn is None else [turn.cos, turn.sin]
+    context, keys, values = g.contribs(
+        "GroupQueryAttention",
+        [q, k, v, *past, at.last, at.total, *rotary],
+        f"{path}/GroupQueryAttention",
+        (0, 1, 2),
+        num_heads=spec.heads,
+        kv_num_heads=spec.kv_heads,
+        scale=spec.attention_scale,
+        do_rotary=int(turn is not None),
+        **attributes,
+    )
+    return context, keys, values
