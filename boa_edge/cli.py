@@ -31,7 +31,11 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="`default`, a Hugging Face directory, a hub id, or a .gguf file.")
 ]
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", help="A YAML file, or a name: w<bits>[g<group>][asym]-<rtn|gptq|boa>.")
+    str,
+    typer.Option(
+        "--recipe",
+        help="A YAML file, or a name: w<bits>[g<group>][asym][a8]-<method>[-<transform>...]; wmix<MB>mb fits a budget.",
+    ),
 ]
 CalibrationOption = Annotated[
     str | None,
@@ -71,7 +75,7 @@ def _finish(document: dict[str, Any]) -> None:
 def quantize(
     model: ModelArgument,
     output: OutputOption,
-    recipe: RecipeOption = DEFAULT_RECIPE,
+    recipe: RecipeOption = "w4g32a8-edge-smooth",
     calibration: CalibrationOption = None,
     compare: CompareOption = "none",
     overwrite: OverwriteOption = False,
@@ -186,7 +190,7 @@ def run(
         Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
-    recipe: RecipeOption = DEFAULT_RECIPE,
+    recipe: RecipeOption = "w4g32a8-edge-smooth",
     runtime: RuntimeOption = "onnx",
     device: DeviceOption = "arm64",
     calibration: CalibrationOption = None,

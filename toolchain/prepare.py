@@ -35,7 +35,7 @@ from toolchain.transforms import (
     value_sharing,
 )
 from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH
-from toolchain.transforms.smooth_search import search_smoothing
+from toolchain.transforms.smooth_search import search_smoothing, solved_costs
 
 _SEQUENCES = 8  # of calibration text that is looked at
 _SAMPLES, _ROWS = 256, 384  # tokens and rows of the weight on which a smoothing strength is tried
@@ -190,7 +190,7 @@ def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
                 continue
             weight = torch.cat([weights[role] for role in readers if role in weights])
             shared = value_sharing(spec) if pair == "v_o" else None
-            scale = _search(weight, inputs[place], fmt, quantized, shared)
+            scale = _search(weight, inputs[place], fmt, quantized, shared, recipe.options is not None)
             scales[index, pair] = scale.view(scale_shape(spec, index, pair))
             if writer is not None:
                 weights[writer] = weights[writer] / scale.to(weights[writer])[:, None]
@@ -211,12 +211,18 @@ def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
 
 
 def _search(
-    weight: Tensor, x: Tensor, fmt: GridFormat, quantized: Callable[[Tensor], Tensor], shared: Tensor | None
+    weight: Tensor,
+    x: Tensor,
+    fmt: GridFormat,
+    quantized: Callable[[Tensor], Tensor],
+    shared: Tensor | None,
+    solved: bool,
 ) -> Tensor:
     spread = torch.linspace(0, len(x) - 1, min(_SAMPLES, len(x))).round().to(torch.int64)
     hessian = x.mT @ x * (2 / len(x))
+    costs = solved_costs(hessian) if solved else hessian
     found = search_smoothing(
-        weight, hessian, x.abs().amax(0), x[spread], fmt, quantized, shared=shared, rows=_ROWS, dtype=torch.float32
+        weight, costs, x.abs().amax(0), x[spread], fmt, quantized, shared=shared, rows=_ROWS, dtype=torch.float32
     )
     return found.scales
 

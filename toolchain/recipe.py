@@ -32,7 +32,7 @@ from toolchain.methods import METHODS
 from toolchain.options import Options
 from toolchain.transforms.named import LEARNED_ROTATION, NAMES
 
-DEFAULT_RECIPE = "w4g32-edge"
+DEFAULT_RECIPE = "w4g32a8-edge-smooth"
 _NAME = re.compile(
     r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)"
     r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?(?P<kv8>kv8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
+from toolchain.solvers.linear_algebra import inverse_factor
 
 STRENGTHS = tuple(step / 10 for step in range(11))
 _SMALLEST_MAXIMUM = 1e-5  # as in SmoothQuant's code
@@ -66,7 +67,8 @@ def search_smoothing(
 
     Args:
         weight: [out, in], all that reads the input, stacked.
-        hessian: [in, in], 2 E[x x^T].
+        hessian: [in, in], 2 E[x x^T], for weights rounded to nearest; or [in], what an error of each column costs once
+            the columns after it have made up for it (`solved_costs`), for weights that are solved.
         maxima: [in], the largest |x_j|.
         samples: [tokens, in], some of the inputs.
         fmt, search: the weights' grid.
@@ -84,17 +86,21 @@ def search_smoothing(
         weight = weight[torch.linspace(0, len(weight) - 1, rows).round().to(torch.int64)]
     weight, hessian, samples = (each.to(dtype) for each in (weight, hessian, samples))
     shared = torch.arange(columns) if shared is None else shared
-    if hessian.shape != (columns, columns) or {maxima.shape[-1], samples.shape[-1], len(shared)} != {columns}:
+    if hessian.shape not in ((columns, columns), (columns,)) or {maxima.shape[-1], samples.shape[-1], len(shared)} != {
+        columns
+    }:
         raise ValueError(f"weight [.., {columns}], Hessian, maxima and samples are not of one width")
 
     def measured(scales: Tensor, strength: float | None) -> Smoothing:
         spread = scales[shared].to(dtype)
         scaled, inputs = weight * spread, samples / spread
-        grid = find_grid(scaled[None], fmt, search, (hessian / spread / spread[:, None])[None])
+        whole = hessian if hessian.ndim == 2 else torch.diag(hessian)
+        grid = find_grid(scaled[None], fmt, search, (whole / spread / spread[:, None])[None])
         rounded = grid.values(round_to_grid(scaled[None], *grid.expand(columns), fmt.bits))[0]
         change = (rounded - scaled) / spread
         moved = (activation(inputs) - inputs) @ scaled.mT
-        weight_error = 0.5 * float(((change @ hessian) * change).sum())
+        weighted = change @ hessian if hessian.ndim == 2 else change * hessian
+        weight_error = 0.5 * float((weighted * change).sum())
         return Smoothing(scales, strength, weight_error, float(moved.square().sum()) / len(samples))
 
     best = measured(torch.ones(int(shared.max()) + 1, dtype=torch.float64), None)
@@ -103,6 +109,21 @@ def search_smoothing(
         if tried.error < best.error:
             best = tried
     return best
+
+
+def solved_costs(hessian: Tensor, damping: float = 0.01) -> Tensor:
+    """What a squared error of each column costs GPTQ, [in]: 1 / U_jj^2 with U the factor of H^-1 in activation order.
+
+    GPTQ (arXiv 2210.17323) lets the columns that are still to come make up for each error, and this is what is left.
+
+    Args:
+        hessian: [in, in], 2 E[x x^T].
+
+    Raises:
+        ArithmeticError: not positive definite, whatever the damping.
+    """
+    factor = inverse_factor(hessian[None], damping, ordered=True)
+    return factor.put_back(factor.upper.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None], 2)[0, 0]
 
 
 def smoothing_scales(
