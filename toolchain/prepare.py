@@ -89,11 +89,14 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
         return Prepared(source)
     rows = sequences[:_SEQUENCES]
     expected = _answers(source, rows)
-    before = distributed.from_main(lambda: observe(source, rows, _ignore, "looking at activations"))
+    before: list[Outliers] = []
+    if recipe.transforms[:1] != (SMOOTH,):  # which looks for itself
+        before = distributed.from_main(lambda: observe(source, rows, _ignore, "looking at activations"))
     transforms: list[Transform] = []
     notes: list[str] = []
     for name in recipe.transforms:
-        step, told = _step(source, recipe, name, rows)
+        step, told, seen = _step(source, recipe, name, rows)
+        before = before or seen
         source, left_out = apply(source, step)
         transforms += step
         notes += told + left_out
@@ -124,16 +127,20 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
     )
 
 
-def _step(source: SourceModel, recipe: Recipe, name: str, rows: Tensor) -> tuple[list[Transform], list[str]]:
-    """What a name stands for on this model, and what there is to say about it."""
+def _step(
+    source: SourceModel, recipe: Recipe, name: str, rows: Tensor
+) -> tuple[list[Transform], list[str], list[Outliers]]:
+    """What a name stands for on this model, what there is to say about it, and the outliers where they were seen."""
     if name == SMOOTH:
-        return [_smoothing(source, recipe, rows)], []
+        smooth, found = distributed.from_main(lambda: _smoothing(source, recipe, rows))
+        return [smooth], [], found
     if name != LEARNED_ROTATION:
-        return ROTATIONS[name](recipe.seed), []
+        return ROTATIONS[name](recipe.seed), [], []
     plan, how = _plan(source, recipe), Learning(**recipe.learning.model_dump())
     assert plan is not None
     learned = distributed.from_main(lambda: learn_rotations(source, plan, rows, how, recipe.seed))
-    return learned.transforms, [f"{name}: KL on the text learned from {learned.before:.3g} -> {learned.after:.3g}"]
+    told = f"{name}: KL on the text learned from {learned.before:.3g} -> {learned.after:.3g}"
+    return learned.transforms, [told], []
 
 
 def _answers(source: SourceModel, rows: Tensor) -> Tensor:
@@ -165,12 +172,8 @@ def _turns(source: SourceModel) -> list[Callable[[Tensor], Tensor]]:
     return turns
 
 
-def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> Transform:
-    return distributed.from_main(lambda: _searched(source, recipe, rows))
-
-
-def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
-    """Scales of every pair that folds away, each of the strength that its own errors ask for."""
+def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smooth, list[Outliers]]:
+    """Scales of every pair that folds away, each of the strength that its own errors ask for; and what was seen."""
     spec, fmt = source.spec, recipe.grid_format
     chosen = recipe.activations
     scheme = FLOAT if chosen is None else ActivationFormat(chosen.scheme)
@@ -206,8 +209,9 @@ def _searched(source: SourceModel, recipe: Recipe, rows: Tensor) -> Smooth:
                 turn=turns[index],
             ).scales
 
-    observe(source, rows, visit, "searching for smoothing scales", None if cache is None else samples.add)
-    return Smooth(scales)
+    title = "searching for smoothing scales"
+    found = observe(source, rows, visit, title, None if cache is None else samples.add)
+    return Smooth(scales), found
 
 
 def _search(

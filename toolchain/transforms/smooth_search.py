@@ -94,8 +94,11 @@ def search_smoothing(
     def measured(scales: Tensor, strength: float | None) -> Smoothing:
         spread = scales[shared].to(dtype)
         scaled, inputs = weight * spread, samples / spread
-        whole = hessian if hessian.ndim == 2 else torch.diag(hessian)
-        grid = find_grid(scaled[None], fmt, search, (whole / spread / spread[:, None])[None])
+        seen = None
+        if search == "hessian":
+            whole = hessian if hessian.ndim == 2 else torch.diag(hessian)
+            seen = (whole / spread / spread[:, None])[None]
+        grid = find_grid(scaled[None], fmt, search, seen)
         rounded = grid.values(round_to_grid(scaled[None], *grid.expand(columns), fmt.bits))[0]
         change = (rounded - scaled) / spread
         moved = (activation(inputs) - inputs) @ scaled.mT
