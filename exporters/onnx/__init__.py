@@ -20,6 +20,7 @@ from exporters.onnx.lowerable import ACCEPTED, obstacles
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
+from toolchain.transforms import online_products
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -47,11 +48,15 @@ def check(checkpoint: Checkpoint, activations: Activations, form: str) -> None:
     Raises:
         BoaEdgeError: with what is accepted.
     """
-    if found := obstacles(checkpoint.spec):
+    name = cast(Form, form)
+    # A product between rotary embedding and attention takes the former out of the latter, and with it what it can do.
+    products = online_products(checkpoint.spec, checkpoint.transforms)
+    takes = "qdq" if any(product.place == "query_key" for product in products) else name
+    if found := obstacles(checkpoint.spec, takes):
         raise BoaEdgeError(
             f"ONNX export of the family {checkpoint.spec.family!r} is not there yet, for want of: {', '.join(found)}",
             where=checkpoint.path / "config.json",
-            fix=f"Accepted: {ACCEPTED}",
+            fix=f"Accepted: {ACCEPTED[name]}",
         )
     if checkpoint.kv_cache is not None:
         raise BoaEdgeError(

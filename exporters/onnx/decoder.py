@@ -66,7 +66,12 @@ class DecoderBuilder(ABC):
 
     def norm(self, x: ir.Value, module: str) -> ir.Value:
         """x float32 [..., width], normed."""
-        return rms_norm(self.g, x, module, self.parameter(f"{module}.weight"), self.checkpoint.spec.norm_eps)
+        return rms_norm(self.g, x, module, self.norm_weight(module), self.checkpoint.spec.norm_eps)
+
+    def norm_weight(self, module: str) -> np.ndarray:
+        """What a norm multiplies by, float32 [width]."""
+        weight = self.parameter(f"{module}.weight")
+        return weight + np.float32(1) if self.checkpoint.spec.norm == "rms_offset" else weight
 
     def parameter(self, name: str) -> np.ndarray:
         """A stored tensor, in float32."""

@@ -45,15 +45,16 @@ class FusedDecoder(DecoderBuilder):
         pasts = self.cache_inputs(cache)
         start = g.optional_input(LOGITS_START, [_END])
         at = lengths(g, attention_mask)
-        turn = self._turn(input_ids, at)
+        turns = self._turns(input_ids, at)
         x, head = self._embedding(input_ids)
+        if spec.embedding_scale != 1.0:
+            x = g.op("Mul", [x, g.constant(spec.embedding_scale, FLOAT)], f"{scope(spec.embedding)}/scale/Mul")
         x = self.online.at(x, spec.embedding, "output", spec.hidden_size, scope(spec.embedding))
         residual = _Residual(x)
         presents = []
-        for names, past in track(list(zip(spec.layer_names, pasts, strict=True)), "writing layers"):
-            presents.append(self._layer(residual, names, at, turn, past))
-        x = self._last_norm(residual)
-        self._logits(x, start, head)
+        for layer in track(range(spec.layers), "writing layers"):
+            presents.append(self._layer(residual, layer, at, turns[layer], pasts[layer]))
+        self._logits(self._last_norm(residual), start, head)
         self.cache_outputs(presents, ["batch", spec.kv_heads, "present", spec.head_dim])
 
     def _logits(self, x: ir.Value, start: ir.Value, head: Callable[[ir.Value], ir.Value]) -> None:
@@ -69,53 +70,97 @@ class FusedDecoder(DecoderBuilder):
         final = g.op("Slice", [x, last, end, axis], f"{path}/last/Slice")
         y = head(g.op("Concat", [asked, final], f"{path}/Concat", axis=1))
         first = g.constant([0], INT64)
+        if spec.logit_softcap is not None:
+            cap = g.constant(spec.logit_softcap, FLOAT)
+            y = g.op("Tanh", [g.op("Div", [y, cap], f"{path}/softcap/Div")], f"{path}/softcap/Tanh")
+            y = g.op("Mul", [y, cap], f"{path}/softcap/Mul")
         logits = g.op("Slice", [y, last, end, axis], f"{path}/logits/Slice")
         g.output(logits, "logits", FLOAT, ["batch", 1, spec.vocab_size])
         every = g.op("Slice", [y, first, last, axis], f"{path}/{ALL_LOGITS}/Slice")
         g.output(every, ALL_LOGITS, FLOAT, ["batch", "positions", spec.vocab_size])
 
-    def _turn(self, input_ids: ir.Value, at: Lengths) -> Tables | Rotation:
-        """Tables for attention; or, where q and k owe a product after they are turned, cos and sin outside of it."""
+    def _turns(self, input_ids: ir.Value, at: Lengths) -> list[Tables | Rotation | None]:
+        """By layer: tables for attention; cos and sin outside of it, where q and k owe a product after they are turned;
+        or nothing, where they are not turned."""
         g, spec = self.g, self.checkpoint.spec
         if not self.online.any("query_key"):
-            return tables(g, spec.attention[0], spec.max_positions, "/rope")
+            kinds = dict.fromkeys((each.rope_inv_freq, each.rope_scaling) for each in spec.attention)
+            made = {
+                kind: tables(g, *kind, spec.max_positions, f"/rope/{index}") if kind[0] else None
+                for index, kind in enumerate(kinds)
+            }
+            return [made[each.rope_inv_freq, each.rope_scaling] for each in spec.attention]
         size = g.op("Shape", [input_ids], "/rope/Shape")
         count = g.op("Gather", [size, g.constant(1, INT64)], "/rope/Gather")
         total = g.op("Cast", [at.total], "/rope/total/Cast", to=int(INT64))
         past = g.op("Sub", [total, count], "/rope/Sub")
         positions = g.op("Range", [past, total, g.constant(1, INT64)], "/rope/Range")
-        return rotation(g, g.op("Expand", [positions, size], "/rope/Expand"), spec)
+        return [rotation(g, g.op("Expand", [positions, size], "/rope/Expand"), spec)] * spec.layers
 
     def _layer(
         self,
         residual: _Residual,
-        names: LayerNames,
+        layer: int,
         at: Lengths,
-        turn: Tables | Rotation,
+        turn: Tables | Rotation | None,
         past: tuple[ir.Value, ir.Value],
     ) -> tuple[ir.Value, ir.Value]:
-        g, spec = self.g, self.checkpoint.spec
+        spec = self.checkpoint.spec
+        names = spec.layer_names[layer]
         h = self._norm(residual, names.attention_norm)
-        attention = scope(names.q).rpartition("/")[0]
-        if isinstance(turn, Tables):
-            projected = self._projections(h, names)
-            context, *present = group_query_attention(g, projected, past, at, turn, spec, attention)
-        else:
-            q, k, v = (self._linear(h, name) for name in (names.q, names.k, names.v))
-            q, k = self.turned(q, names.q, spec.heads, turn), self.turned(k, names.k, spec.kv_heads, turn)
-            context, *present = group_query_attention(g, (q, k, v), past, at, None, spec, attention)
-        residual.pending = self._linear(context, names.o)
+        path = scope(names.q).rpartition("/")[0]
+        projected = self._attended(h, names, turn)
+        table = None if isinstance(turn, Rotation) else turn
+        context, *present = group_query_attention(self.g, projected, past, at, table, spec, layer, path)
+        residual.pending = self._after(self._linear(context, names.o), names.attention_output_norm)
         h = self._norm(residual, names.mlp_norm)
-        assert names.gate is not None
-        gate, up = self._linear(h, names.gate), self._linear(h, names.up)
-        path = scope(names.gate).rpartition("/")[0]
-        gate = g.contrib("QuickGelu", [gate], f"{path}/silu/QuickGelu", alpha=1.0)
-        product = g.op("Mul", [gate, up], f"{path}/Mul")
-        product = self.online.at(product, names.down, "input", spec.intermediate_size, scope(names.down))
-        residual.pending = self._linear(product, names.down)
+        residual.pending = self._after(self._mlp(h, names), names.mlp_output_norm)
         return present[0], present[1]
 
-    def turned(self, x: ir.Value, module: str, heads: int, turn: Rotation) -> ir.Value:
+    def _mlp(self, h: ir.Value, names: LayerNames) -> ir.Value:
+        g, spec = self.g, self.checkpoint.spec
+        assert names.gate is not None
+        path = scope(names.gate).rpartition("/")[0]
+        if names.gate == names.up:
+            sizes = g.constant([spec.intermediate_size] * 2, INT64)
+            gate, up = g.ops("Split", [self._linear(h, names.up), sizes], f"{path}/Split", 2, axis=2)
+        else:
+            gate, up = self._linear(h, names.gate), self._linear(h, names.up)
+        if spec.activation == "silu":
+            gate = g.contrib("QuickGelu", [gate], f"{path}/silu/QuickGelu", alpha=1.0)
+        else:
+            gate = g.op("Gelu", [gate], f"{path}/Gelu", approximate="tanh")
+        product = g.op("Mul", [gate, up], f"{path}/Mul")
+        product = self.online.at(product, names.down, "input", spec.intermediate_size, scope(names.down))
+        return self._linear(product, names.down)
+
+    def _after(self, y: ir.Value, module: str | None) -> ir.Value:
+        return y if module is None else self.norm(y, module)
+
+    def _attended(
+        self, h: ir.Value, names: LayerNames, turn: Tables | Rotation | None
+    ) -> tuple[ir.Value] | tuple[ir.Value, ir.Value, ir.Value]:
+        """q, k and v as attention takes them: side by side, unless something comes between, on the heads of q and k."""
+        spec = self.checkpoint.spec
+        if not isinstance(turn, Rotation) and not names.head_norms():
+            return self._projections(h, names)
+        q, k, v = (self._linear(h, name) for name in (names.q, names.k, names.v))
+        if names.q_norm is not None:
+            q = self._head_norm(q, names.q_norm, spec.heads)
+        if names.k_norm is not None:
+            k = self._head_norm(k, names.k_norm, spec.kv_heads)
+        if isinstance(turn, Rotation):
+            q, k = self._turned(q, names.q, spec.heads, turn), self._turned(k, names.k, spec.kv_heads, turn)
+        return q, k, v
+
+    def _head_norm(self, x: ir.Value, module: str, heads: int) -> ir.Value:
+        """Each head of q or k by itself. Attention's own inputs for the weights are not served by the CPU provider."""
+        g, size = self.g, self.checkpoint.spec.head_dim
+        split = g.op("Reshape", [x, g.constant([0, 0, heads, size], INT64)], f"{scope(module)}/Reshape")
+        whole = g.constant([0, 0, heads * size], INT64)
+        return g.op("Reshape", [self.norm(split, module), whole], f"{scope(module)}/ReshapeBack")
+
+    def _turned(self, x: ir.Value, module: str, heads: int, turn: Rotation) -> ir.Value:
         """q or k float32 [batch, sequence, heads * head_dim], turned by its positions and then by what it owes."""
         x = rotate(self.g, x, turn, heads, scope(module))
         attention = module.rpartition(".")[0]
@@ -124,7 +169,7 @@ class FusedDecoder(DecoderBuilder):
     def _norm(self, residual: _Residual, module: str) -> ir.Value:
         if residual.pending is None:
             return self.norm(residual.value, module)
-        scale = self.g.floats(f"{module}.weight", self.parameter(f"{module}.weight"))
+        scale = self.g.floats(f"{module}.weight", self.norm_weight(module))
         normed, residual.value = self.g.contribs(
             "SkipSimplifiedLayerNormalization",
             [residual.value, residual.pending, scale],
@@ -147,6 +192,8 @@ class FusedDecoder(DecoderBuilder):
     def _projections(self, h: ir.Value, names: LayerNames) -> tuple[ir.Value] | tuple[ir.Value, ir.Value, ir.Value]:
         """q, k and v, side by side in one tensor where they have the same grid and precision."""
         modules = (names.q, names.k, names.v)
+        if len(set(modules)) == 1:  # stored side by side
+            return (self._linear(h, names.q),)
         if not all(self.checkpoint.is_quantized(module) for module in modules):
             return self._linear(h, names.q), self._linear(h, names.k), self._linear(h, names.v)
         weights = [self.checkpoint.quantized(module) for module in modules]

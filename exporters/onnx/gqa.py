@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from exporters.onnx.graph import GraphBuilder
-from toolchain.families import AttentionSpec, DecoderSpec
+from toolchain.families import DecoderSpec
 
 _FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
@@ -43,15 +43,15 @@ class Tables:
     sin: ir.Value
 
 
-def tables(g: GraphBuilder, attention: AttentionSpec, context: int, path: str) -> Tables:
+def tables(g: GraphBuilder, frequencies: tuple[float, ...], scaling: float, context: int, path: str) -> Tables:
     """Written as a formula that the runtime evaluates once, when it loads the file: at 128k tokens they are 64 MB."""
     first, step = g.constant(0.0, _FLOAT), g.constant(1.0, _FLOAT)
     positions = g.op("Range", [first, g.constant(float(context), _FLOAT), step], f"{path}/Range")
     column = g.op("Unsqueeze", [positions, g.constant([1], _INT64)], f"{path}/Unsqueeze")
-    angles = g.op("Mul", [column, g.constant(attention.rope_inv_freq, _FLOAT)], f"{path}/Mul")
+    angles = g.op("Mul", [column, g.constant(frequencies, _FLOAT)], f"{path}/Mul")
     cos, sin = g.op("Cos", [angles], f"{path}/Cos"), g.op("Sin", [angles], f"{path}/Sin")
-    if attention.rope_scaling != 1.0:
-        factor = g.constant(attention.rope_scaling, _FLOAT)
+    if scaling != 1.0:
+        factor = g.constant(scaling, _FLOAT)
         cos, sin = g.op("Mul", [cos, factor], f"{path}/cos/Mul"), g.op("Mul", [sin, factor], f"{path}/sin/Mul")
     return Tables(cos, sin)
 
@@ -63,8 +63,8 @@ def group_query_attention(
     at: Lengths,
     turn: Tables | None,
     spec: DecoderSpec,
+    layer: int,
     path: str,
-    **attributes: object,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """softmax(scale q k^T) v over past and present, queries seeing what stands before them.
 
@@ -77,6 +77,7 @@ def group_query_attention(
         The context float32 [batch, sequence, heads * head_dim], and the keys and values with the new ones behind.
     """
     q, k, v = projected if len(projected) == 3 else (projected[0], None, None)
+    window = spec.attention[layer].window
     rotary = [] if turn is None else [turn.cos, turn.sin]
     context, keys, values = g.contribs(
         "GroupQueryAttention",
@@ -87,6 +88,7 @@ def group_query_attention(
         kv_num_heads=spec.kv_heads,
         scale=spec.attention_scale,
         do_rotary=int(turn is not None),
-        **attributes,
+        local_window_size=window if window is not None and window < spec.max_positions else -1,
+        softcap=spec.attention_softcap or 0.0,
     )
     return context, keys, values

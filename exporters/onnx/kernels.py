@@ -18,6 +18,8 @@ ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
 ACCURACY_LEVEL: dict[Activations, str] = {"int8": "4", "float32": "1"}
 # On ARM the KleidiAI kernels would quantize a whole row of inputs with one scale instead of one per block: on
 # SmolLM2-135M that is 5.6 times the KL from the float32 activations (docs/log.md). Off, ARM computes as x86 does.
+FLOAT_INPUTS = {ACCURACY_KEY: "1", "mlas.qnbit.force_fp32": "1"}
+"""Whatever the bundle says: inputs in float32. The second is for nodes that state a level of their own."""
 _KLEIDIAI_KEY = "mlas.disable_kleidiai"
 
 

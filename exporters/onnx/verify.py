@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from exporters.bundle import RuntimeConfig
-from exporters.onnx.kernels import ACCURACY_KEY, ACCURACY_LEVEL
+from exporters.onnx.kernels import FLOAT_INPUTS
 from exporters.onnx.session import OnnxDecoder, load, session_options
 
 _TOKENS = 4
@@ -39,7 +39,7 @@ def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int) -> None:
         return
     tokens = (np.arange(_TOKENS, dtype=np.int64)[None] * 7 + 1) % runtime.vocab_size
     _finite_logits(_decoder(model, runtime, runtime.session_config), tokens, model, runtime)
-    exact = {**runtime.session_config, ACCURACY_KEY: ACCURACY_LEVEL["float32"]}
+    exact = {**runtime.session_config, **FLOAT_INPUTS}
     decoder = _decoder(model, runtime, exact)
     whole = _finite_logits(decoder, tokens, model, runtime)
     first, cache = decoder.step(tokens[:, :2], decoder.empty_cache(1))
