@@ -117,9 +117,8 @@ def _checkpoint(path: Path) -> _Subject:
         problem = f"tensors do not fit the configuration ({' '.join(str(error).split())[:200]})"
         raise BoaEdgeError(problem, where=path, fix="Quantize the model again") from None
     install_runtime(model, checkpoint.spec, checkpoint.transforms)
-    return _Subject(
-        "checkpoint", FakeQuantized(model, checkpoint.spec, {}, checkpoint.activations).logits, load_tokenizer(path)
-    )
+    fake = FakeQuantized(model, checkpoint.spec, {}, checkpoint.activations, checkpoint.kv_cache)
+    return _Subject("checkpoint", fake.logits, load_tokenizer(path))
 
 
 def _bundle(path: Path) -> _Subject:
