@@ -96,7 +96,7 @@ def provenance() -> dict[str, Any]:
             row("original", None, (28.8, 0.0, 1.0), [538_000_000, None, None]),
             row("rtn", "w4g32-rtn", (33.1, 0.121, 0.81), [98_300_000, 2.1, 1200.0]),
             row("gptq", "w4g32-gptq", (30.2, 0.058, 0.87), [98_300_000, 120.5, 2400.0]),
-            row("boa", "w4g32-boa", (29.9, 0.049, 0.885), [98_300_000, 301.5, 2900.0]),
+            row("boa", "w4g32a8-boa-rotate-smooth", (29.9, 0.049, 0.885), [98_300_000, 301.5, 2900.0]),
         ],
         "evaluation": {"source": "wikitext2-test.txt", "tokens": 8192, "sequence_length": 512},
     }
