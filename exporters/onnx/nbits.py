@@ -55,8 +55,12 @@ def pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
     """
     per_byte = 8 // bits
     rows, count = values.shape
-    shifted = np.full((rows, -(-count // per_byte) * per_byte), 1 << (bits - 1), np.uint8)
-    shifted[:, :count] += values.view(np.uint8)  # modulo 256, so that a byte's sign bit flips
+    middle = np.uint8(1 << (bits - 1))
+    shifted = values.view(np.uint8) + middle  # modulo 256, so that a byte's sign bit flips
+    if bits == 8:
+        return shifted
+    if count % per_byte:
+        shifted = np.pad(shifted, ((0, 0), (0, -count % per_byte)), constant_values=middle)
     packed = np.zeros((rows, shifted.shape[1] // per_byte), np.uint8)
     for place in range(per_byte):
         packed |= shifted[:, place::per_byte] << np.uint8(place * bits)
@@ -77,11 +81,12 @@ def store_nbits(
     block = first.group_size or _PER_CHANNEL_BLOCK
     blocks = -(-columns // block)
     repeats = blocks // first.scales.shape[1]
-    codes = np.concatenate([part.codes.numpy() for part in parts])
+    # A large table is not copied where it need not be.
+    codes = first.codes.numpy() if len(parts) == 1 else np.concatenate([part.codes.numpy() for part in parts])
     rows = codes.shape[0]
-    padded = np.zeros((rows, blocks * block), np.int8)
-    padded[:, :columns] = codes
-    packed = pack_rows(padded, bits)
+    if columns % block:
+        codes = np.pad(codes, ((0, 0), (0, blocks * block - columns)))
+    packed = pack_rows(codes, bits)
     scales = np.concatenate([part.scales.numpy() for part in parts])
     zero_points = None
     if first.zero_points is not None:
