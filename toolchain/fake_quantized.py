@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -40,6 +41,12 @@ class FakeQuantized:
         self._parameters = {f"{name}.weight": weights[name].dequantize() for name in weights if name not in inside}
         if spec.tied_embeddings and spec.embedding in weights:
             self._parameters[f"{spec.head}.weight"] = self._parameters[f"{spec.embedding}.weight"]
+
+    def with_activations(self, activations: ActivationPlan | None) -> FakeQuantized:
+        """The same weights, not dequantized again, with other activations."""
+        other = copy.copy(self)
+        other._activations = activations
+        return other
 
     def logits(self, tokens: Tensor) -> Tensor:
         """int64 [batch, length] -> float32 [batch, length, vocabulary]."""

@@ -67,15 +67,16 @@ def guard(
     rows = sequences[:_SEQUENCES, :_TOKENS]
     with torch.inference_mode():
         original = _log_probabilities(FakeQuantized(source.model, source.spec, {}), rows)
+        model = FakeQuantized(source.model, source.spec, quantized.weights)
 
         def kl(chosen: ActivationPlan | None) -> float:
-            return _kl(original, _log_probabilities(_model(source, quantized, chosen), rows))
+            return _kl(original, _log_probabilities(model.with_activations(chosen), rows))
 
         weights_kl, all_kl = kl(None), kl(plan)
         say(f"int8 activations: KL {all_kl:.4f}, with quantized weights alone {weights_kl:.4f}")
         if budget is None or all_kl <= (1 + budget) * weights_kl:
             return Guarded(plan, weights_kl, all_kl, all_kl)
-        costs = _costs(source, quantized, plan, rows[:1, :_TOKENS_EACH])
+        costs = _costs(model, plan, rows[:1, :_TOKENS_EACH])
         names = list(costs)
         # The smallest number of exceptions that meets the budget; all exceptions meet it by definition.
         low, high, found = 0, len(names), weights_kl
@@ -90,14 +91,10 @@ def guard(
     return Guarded(plan.keeping(names[:high]), weights_kl, all_kl, found, costs)
 
 
-def _model(source: SourceModel, quantized: QuantizedModel, plan: ActivationPlan | None) -> FakeQuantized:
-    return FakeQuantized(source.model, source.spec, quantized.weights, plan)
-
-
-def _costs(source: SourceModel, quantized: QuantizedModel, plan: ActivationPlan, rows: Tensor) -> dict[str, float]:
-    plain = _log_probabilities(_model(source, quantized, None), rows)
+def _costs(model: FakeQuantized, plan: ActivationPlan, rows: Tensor) -> dict[str, float]:
+    plain = _log_probabilities(model, rows)
     costs = {
-        name: _kl(plain, _log_probabilities(_model(source, quantized, plan.of([name])), rows))
+        name: _kl(plain, _log_probabilities(model.with_activations(plan.of([name])), rows))
         for name in track(list(plan.group_sizes), "measuring each linear's int8 activations")
     }
     return dict(sorted(costs.items(), key=lambda item: -item[1]))

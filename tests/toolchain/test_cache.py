@@ -14,7 +14,7 @@ from torch import Tensor
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json
 from exporters import export
-from tests.toolchain.families import CONFIGS, make
+from tests.toolchain.families import CONFIGS
 from tests.toolchain.test_transforms import TOKENS, logits, wide
 from tests.toolchain.test_w4a8 import quantized, rebuilt
 from toolchain.activations.cache import (
@@ -25,27 +25,13 @@ from toolchain.activations.cache import (
 )
 from toolchain.cache_search import head_errors, head_scales, key_metric, search_key_smoothing, value_metric
 from toolchain.fake_quantized import FakeQuantized
-from toolchain.loading import SourceModel, load_source
+from toolchain.loading import SourceModel
 from toolchain.prepare import Prepared, prepare
 from toolchain.recipe import Recipe, load_recipe, parse_recipe
 from toolchain.transforms import Smooth, apply, scale_shape
 
 FAMILIES = sorted(CONFIGS)
 KV8 = ("per_token", "per_head")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SourceModel]:
-    """Loaded models in float64; no test changes them."""
-    root, known = tmp_path_factory.mktemp("cache"), dict[str, SourceModel]()
-
-    def get(family: str) -> SourceModel:
-        if family not in known:
-            known[family] = load_source(str(make(root / family, family)))
-            known[family].model.double()
-        return known[family]
-
-    return get
 
 
 @pytest.fixture(autouse=True)

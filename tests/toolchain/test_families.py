@@ -16,7 +16,7 @@ from boa_edge.errors import BoaEdgeError
 from exporters import Bundle, export
 from exporters.onnx.lowerable import obstacles
 from exporters.onnx.session import OnnxDecoder
-from tests.toolchain.families import CONFIGS, WINDOW, Block, make, rotation
+from tests.toolchain.families import CONFIGS, WINDOW, Block, rotation
 from toolchain.block import Stream
 from toolchain.checkpoint import Checkpoint
 from toolchain.entry import own_attention
@@ -33,31 +33,6 @@ LENGTH, BATCH = 11, 3
 SMALL = {"sequences": 10, "sequence_length": 32, "held_out_sequences": 1}
 FAMILIES = sorted(CONFIGS)
 LAYERS = [(family, layer) for family in FAMILIES for layer in (0, 1)]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("families")
-
-    def get(family: str) -> Path:
-        path = root / family
-        return path if path.exists() else make(path, family)
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def source(directory: Callable[[str], Path]) -> Callable[[str], SourceModel]:
-    """Loaded models in float64; no test changes them."""
-    known: dict[str, SourceModel] = {}
-
-    def get(family: str) -> SourceModel:
-        if family not in known:
-            known[family] = load_source(str(directory(family)))
-            known[family].model.double()
-        return known[family]
-
-    return get
 
 
 @pytest.fixture

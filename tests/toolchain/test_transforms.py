@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from tests.conftest import byte_tokenizer
-from tests.toolchain.families import CONFIGS, make
+from tests.toolchain.families import CONFIGS
 from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.families import DecoderSpec
@@ -52,31 +52,6 @@ from toolchain.transforms.smooth_search import Smoothing, search_smoothing, smoo
 FAMILIES = sorted(CONFIGS)
 NORMED_SUBLAYERS = ("gemma2", "gemma3")
 TOKENS = torch.randint(2, 264, (2, 17), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("families")
-
-    def get(family: str) -> Path:
-        path = root / family
-        return path if path.exists() else make(path, family)
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def source(directory: Callable[[str], Path]) -> Callable[[str], SourceModel]:
-    """Loaded models in float64; no test changes them."""
-    known: dict[str, SourceModel] = {}
-
-    def get(family: str) -> SourceModel:
-        if family not in known:
-            known[family] = load_source(str(directory(family)))
-            known[family].model.double()
-        return known[family]
-
-    return get
 
 
 @pytest.fixture(autouse=True)
