@@ -7,9 +7,9 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file, write_json
@@ -20,7 +20,7 @@ RUNTIME = "runtime.json"
 REFERENCE = "reference"
 SCHEMA_VERSION: Literal[1] = 1
 
-Form = Literal["qdq", "fused"]
+Form = Literal["qdq", "fused", "llm"]
 
 _EXPORT_AGAIN = "Export the bundle again"
 _COMPANIONS = (
@@ -35,7 +35,7 @@ _COMPANIONS = (
     "generation_config.json",
 )
 _REFERENCE_FILES = ("reference.safetensors", "recipe.yaml", "provenance.json")
-_VERSIONS = ("boa-edge", "onnx", "onnx-ir", "onnxruntime", "torch")
+_VERSIONS = ("boa-edge", "executorch", "onnx", "onnx-ir", "onnxruntime", "torch")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -50,10 +50,12 @@ class RuntimeConfig(_Document):
     """`runtime.json`: how to load the bundle.
 
     Attributes:
-        model: the graph's file name inside the bundle.
-        form: which inputs the graph takes (docs/contracts.md); bundles from before there were two have none.
+        model: the program's file name inside the bundle.
+        form: which inputs the program takes (docs/contracts.md); bundles from before there were two have none.
         activations: precision of the inputs of the quantized linears, chosen on purpose.
         session_config: options of the runtime's session, to be passed on as they are.
+        context_length: the longest text in tokens; of the form `llm`, how many the program's own cache holds.
+        prefill_length: the most tokens that one call takes; only of the form `llm`, None otherwise.
     """
 
     runtime: str
@@ -68,6 +70,15 @@ class RuntimeConfig(_Document):
     layers: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
+    prefill_length: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _prefill_fits(self) -> Self:
+        if (self.form == "llm") != (self.prefill_length is not None):
+            raise ValueError("the form llm has a prefill_length, and no other form has")
+        if self.prefill_length is not None and self.prefill_length > self.context_length:
+            raise ValueError(f"prefill_length {self.prefill_length} exceeds context_length {self.context_length}")
+        return self
 
 
 class FileEntry(BaseModel):
@@ -175,7 +186,8 @@ def _parse(model: type[M], path: Path, what: str) -> M:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise BoaEdgeError(f"{field}: {first['msg']}", where=path, fix=_EXPORT_AGAIN) from None
+        found = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
+        raise BoaEdgeError(found, where=path, fix=_EXPORT_AGAIN) from None
 
 
 def _verify(root: Path, name: str, entry: FileEntry) -> None:

@@ -149,6 +149,10 @@ def test_runtime_settings_are_checked(bundle: Path) -> None:
         opened(activations="int4")
     with pytest.raises(BoaEdgeError, match=r"model 'other.onnx'"):
         opened(model="other.onnx")
+    with pytest.raises(BoaEdgeError, match=r"the form llm has a prefill_length"):
+        opened(prefill_length=8)
+    with pytest.raises(BoaEdgeError, match=r"prefill_length 129 exceeds context_length 128"):
+        opened(form="llm", prefill_length=129)
     with pytest.raises(BoaEdgeError, match=r"is a bundle for 'executorch'"):
         open_session(opened(runtime="executorch"))
 
