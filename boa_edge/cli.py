@@ -1,7 +1,7 @@
 """The `boa-edge` command: each stage by its name, and `run` for all of them.
 
 Progress and tables go to stderr; the last line of stdout is one compact JSON document. Exit codes: 0 done, 1 the work
-failed, 2 the request is wrong.
+failed, 2 the request is wrong, 3 a comparison found a regression.
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ FormOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="A device's name (`boa-edge devices`) or profile file.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")]
+
+
+_REGRESSION = 3
 
 
 def _finish(document: dict[str, Any]) -> None:
@@ -158,6 +161,54 @@ def evaluate(
 
     quiet_transformers()
     _finish(stage(subject, text, reference=reference, tokens=tokens, sequence_length=seq_len).as_dict())
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="The earlier report: a directory or its report.json.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The later report.")],
+    fail_on: Annotated[
+        str, typer.Option("--fail-on", help="Regressions, such as 'decode_tok_s<-5%,kl>+10%': exit code 3.")
+    ] = "",
+) -> None:
+    """Two reports side by side, with the noise of both."""
+    from runtime_tests.comparison import compare as stage
+    from runtime_tests.comparison import print_comparison
+
+    found = stage(before, after, fail_on=fail_on)
+    print_comparison(found)
+    _finish(found.as_dict())
+    if found.failed:
+        raise typer.Exit(_REGRESSION)
+
+
+bundle_app = typer.Typer(help="Check a bundle, or sign it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bundle_app, name="bundle")
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")]
+
+
+@bundle_app.command("verify")
+def bundle_verify(
+    bundle: BundleArgument,
+    key: Annotated[
+        Path | None, typer.Option("--key", help="The signer's Ed25519 public key (PEM): the signature must be there.")
+    ] = None,
+) -> None:
+    """Every file against the manifest, and the signature where there is one."""
+    from exporters.signing import verify as stage
+
+    _finish(stage(bundle, key).as_dict())
+
+
+@bundle_app.command("sign")
+def bundle_sign(
+    bundle: BundleArgument,
+    key: Annotated[Path, typer.Option("--key", help="An Ed25519 private key (PEM, PKCS #8, not encrypted).")],
+) -> None:
+    """Sign the manifest, and with it every file it lists."""
+    from exporters.signing import sign as stage
+
+    _finish(stage(bundle, key).as_dict())
 
 
 @app.command()

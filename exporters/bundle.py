@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file, write_json
 from toolchain.checkpoint import Checkpoint
+from toolchain.loading.papers import CARD_COPY, LICENCES
 
 MANIFEST = "manifest.json"
 RUNTIME = "runtime.json"
+SIGNATURE = "manifest.sig"
 REFERENCE = "reference"
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -33,6 +35,8 @@ _COMPANIONS = (
     "spiece.model",
     "chat_template*",
     "generation_config.json",
+    *LICENCES,
+    CARD_COPY,
 )
 _REFERENCE_FILES = ("reference.safetensors", "recipe.yaml", "provenance.json")
 _VERSIONS = ("boa-edge", "executorch", "onnx", "onnx-ir", "onnxruntime", "torch")
@@ -128,7 +132,7 @@ def write_manifest(directory: Path, recipe: dict[str, Any]) -> Manifest:
     files = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != MANIFEST:
+        if path.is_file() and name not in (MANIFEST, SIGNATURE):
             role: Literal["runtime", "reference"] = "reference" if name.startswith(f"{REFERENCE}/") else "runtime"
             files[name] = FileEntry(size=path.stat().st_size, sha256=sha256_file(path), role=role)
     versions = {name: importlib.metadata.version(name) for name in _VERSIONS}

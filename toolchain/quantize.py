@@ -26,6 +26,7 @@ from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, write_transforms, write_
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.guard import Guarded, guard
 from toolchain.loading import SourceModel, load_source
+from toolchain.loading.papers import copy_papers
 from toolchain.methods import METHODS
 from toolchain.metrics import Fidelity, evaluate_logits
 from toolchain.outliers import as_documents
@@ -286,6 +287,7 @@ def _write(
     if prepared.cache is not None:
         write_json(directory / KV_CACHE, prepared.cache.to_document())
     source.tokenizer.save_pretrained(directory)
+    copy_papers(source.papers, directory)
     write_json(directory / "generation_config.json", source.generation_config)
     write_text(directory / "recipe.yaml", recipe.to_yaml())
     save_file(_reference(prepared, text, own), directory / "reference.safetensors")

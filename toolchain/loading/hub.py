@@ -10,9 +10,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
+from toolchain.loading.papers import PATTERNS
 
 # Weights as safetensors, the configuration and the tokenizer; never pickles, never code.
-_WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md"]
+_WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", *PATTERNS]
 
 
 def download(repository: str) -> Path:

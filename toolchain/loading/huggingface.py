@@ -13,6 +13,7 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file
 from boa_edge.progress import say
 from toolchain.families import describe
+from toolchain.loading.papers import find_papers
 from toolchain.loading.source import SourceModel
 from toolchain.loading.streamed import is_large, load_streamed
 
@@ -58,6 +59,7 @@ def load_directory(directory: Path, identity: str, stream: bool | None = False) 
         generation_config=read_json(generation, "the generation settings") if generation.exists() else {},
         spec=spec,
         files={path.name: sha256_file(path) for path in read if path.is_file()},
+        papers=find_papers(directory),
     )
 
 

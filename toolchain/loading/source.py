@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class SourceModel:
         config: config.json as a mapping.
         generation_config: generation_config.json as a mapping.
         files: SHA-256 of every file that was read, by name.
+        papers: its licence files and model card, which go wherever its weights go.
     """
 
     identity: str
@@ -33,6 +35,7 @@ class SourceModel:
     generation_config: dict[str, Any]
     spec: DecoderSpec
     files: dict[str, str]
+    papers: tuple[Path, ...] = ()
 
     def at_hand(self, index: int) -> AbstractContextManager[None]:
         """Inside, the weights of block `index` are in memory."""

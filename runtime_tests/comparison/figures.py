@@ -1,0 +1,132 @@
+"""The figures of a report that can be compared: by which name, which way is better, and from which samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime_tests.figure import Figure
+from runtime_tests.model import Report
+from runtime_tests.statistics import rate
+
+Better = Literal["less", "more"]
+Kind = Literal["artefact", "accuracy", "speed", "memory"]
+
+_MILLISECOND = 1e6
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """One line of the table.
+
+    Attributes:
+        name: as conditions write it.
+        label: in words.
+        better: which way is better.
+        kind: what both reports must have in common for it to be compared.
+        figure: the figure, or None where a report has none.
+        scale: the figure's value times this is in `unit`.
+        samples: what the figure is a quantile of, in `unit`; empty where it is a single value.
+        percent: which quantile.
+    """
+
+    name: str
+    label: str
+    better: Better
+    kind: Kind
+    unit: str
+    figure: Callable[[Report], Figure | None]
+    scale: float = 1.0
+    samples: Callable[[Report], Sequence[float]] = lambda _: ()
+    percent: float = 50
+
+    def value(self, report: Report) -> float | None:
+        """The report's value in `unit`."""
+        entry = self.figure(report)
+        number = None if entry is None else entry.number
+        return None if number is None else number * self.scale
+
+
+def _token_ms(report: Report) -> list[float]:
+    return [ns / _MILLISECOND for run in report.samples.runs if not run.warmup for ns in run.token_ns if ns > 0]
+
+
+def _first_ms(report: Report) -> list[float]:
+    return [run.prefill_ns / _MILLISECOND for run in report.samples.runs if not run.warmup and run.prefill_ns > 0]
+
+
+def _load_ms(report: Report) -> list[float]:
+    return [ns / _MILLISECOND for ns in report.samples.load_ns if ns > 0]
+
+
+def _decode_rates(report: Report) -> list[float]:
+    runs = [run for run in report.samples.runs if not run.warmup]
+    return [found for run in runs if (found := rate(len(run.token_ns), sum(run.token_ns))) is not None]
+
+
+def _prefill_rates(report: Report) -> list[float]:
+    prompt = report.settings.prompt_tokens
+    runs = [run for run in report.samples.runs if not run.warmup]
+    return [found for run in runs if (found := rate(prompt, run.prefill_ns)) is not None]
+
+
+# A figure more is one line here.
+COMPARABLES: tuple[Comparable, ...] = (
+    Comparable("size_mb", "Size on the device", "less", "artefact", "MB", lambda r: r.deployed.runtime_size, 1e-6),
+    Comparable("ppl", "Perplexity", "less", "accuracy", "", lambda r: r.fidelity.deployed.perplexity),
+    Comparable(
+        "kl", "KL from the original", "less", "accuracy", "nats/token", lambda r: r.fidelity.deployed.kl_from_original
+    ),
+    Comparable(
+        "top1",
+        "Top token as the original",
+        "more",
+        "accuracy",
+        "%",
+        lambda r: r.fidelity.deployed.top1_with_original,
+        100,
+    ),
+    Comparable("load_ms", "Load time", "less", "speed", "ms", lambda r: r.speed.load_time, samples=_load_ms),
+    Comparable(
+        "ttft_ms", "Time to first token", "less", "speed", "ms", lambda r: r.speed.time_to_first_token, 1, _first_ms
+    ),
+    Comparable(
+        "prefill_tok_s",
+        "Prefill speed",
+        "more",
+        "speed",
+        "tokens/s",
+        lambda r: r.speed.prefill_speed,
+        1,
+        _prefill_rates,
+    ),
+    Comparable(
+        "decode_tok_s", "Decode speed", "more", "speed", "tokens/s", lambda r: r.speed.decode_speed, 1, _decode_rates
+    ),
+    Comparable("token_p50_ms", "Token, p50", "less", "speed", "ms", lambda r: r.speed.token_time_p50, 1, _token_ms),
+    Comparable("token_p95_ms", "Token, p95", "less", "speed", "ms", lambda r: r.speed.token_time_p95, 1, _token_ms, 95),
+    Comparable("peak_rss_mb", "Peak memory", "less", "memory", "MB", lambda r: r.memory.peak_rss, 1e-6),
+)
+BY_NAME = {entry.name: entry for entry in COMPARABLES}
+
+
+def obstacle(kind: Kind, before: Report, after: Report) -> str | None:
+    """Why figures of a kind say nothing side by side; None where they do."""
+    if kind == "artefact":
+        return None
+    if kind == "accuracy":
+        if before.fidelity.positions != after.fidelity.positions:
+            return f"{before.fidelity.positions} positions of text against {after.fidelity.positions}"
+        if before.generation.prompt.tokens != after.generation.prompt.tokens:
+            return "other reference texts"
+        return None
+    if before.device.execution != after.device.execution:
+        return f"{before.device.execution} against {after.device.execution}"
+    if before.device.name != after.device.name:
+        return f"device {before.device.name} against {after.device.name}"
+    if before.settings.workload != after.settings.workload:
+        return f"workload {before.settings.workload} against {after.settings.workload}"
+    if before.settings.threads != after.settings.threads:
+        return f"{before.settings.threads} threads against {after.settings.threads}"
+    return None

@@ -1,0 +1,56 @@
+"""The table of a comparison on a terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from runtime_tests.comparison.comparing import Comparison, Row
+from runtime_tests.labels import number, visible
+from runtime_tests.model import Report
+
+_STYLES = {"better": "green", "worse": "red"}
+
+
+def print_comparison(found: Comparison, console: Console | None = None) -> None:
+    """Print both reports' figures, the changes with their noise, and what failed, to stderr (or to `console`)."""
+    console = console or Console(stderr=True)
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.title = Text(f"before  {_describe(found.before)}\nafter   {_describe(found.after)}")
+    for title in ("figure", "before", "after", "change", "with noise"):
+        table.add_column(title, justify="left" if title == "figure" else "right")
+    table.add_column("verdict")
+    for row in found.rows:
+        unit = f", {row.figure.unit}" if row.figure.unit else ""
+        verdict = row.verdict if row.obstacle is None else f"{row.verdict}: {row.obstacle}"
+        table.add_row(
+            f"{row.figure.label}{unit}",
+            "–" if row.before is None else number(row.before),
+            "–" if row.after is None else number(row.after),
+            "" if row.change is None else _percent(row.change),
+            _noise(row),
+            Text(visible(verdict), style=_STYLES.get(row.verdict, "")),
+        )
+    console.print(table)
+    for condition in found.excused:
+        console.print(Text(f"within noise: {condition.text}"))
+    for condition in found.failed:
+        console.print(Text(f"regression: {condition.text}", style="red"))
+
+
+def _describe(report: Report) -> str:
+    deployed = report.deployed
+    parts = (deployed.model, deployed.recipe_name, deployed.runtime, report.device.name, report.settings.workload)
+    return visible(" · ".join(part for part in parts if part) + f" · {report.created}")
+
+
+def _noise(row: Row) -> str:
+    if row.interval is None:
+        return ""
+    return f"{_percent(row.interval.low)} to {_percent(row.interval.high)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %"

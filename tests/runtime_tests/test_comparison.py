@@ -1,0 +1,147 @@
+"""`boa-edge compare`: changes, their noise, and the conditions that gate a team's CI."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_fakes import make
+
+from boa_edge.errors import BoaEdgeError, UsageError
+from devices.contract import Event
+from runtime_tests.comparison import compare
+from runtime_tests.comparison.conditions import parse
+from runtime_tests.comparison.noise import Interval, change_interval, quantile_interval
+
+
+def slower(share: float) -> Any:
+    """Every token takes `share` longer."""
+
+    def alter(events: list[Event]) -> list[Event]:
+        return [
+            {**event, "ns": round(event["ns"] * (1 + share))} if event["event"] == "token" and event["i"] else event
+            for event in events
+        ]
+
+    return alter
+
+
+def uneven(*factors: float) -> Any:
+    """Every run takes a factor of its own as long; the first is the warm-up."""
+
+    def alter(events: list[Event]) -> list[Event]:
+        return [
+            {**event, "ns": round(event["ns"] * factors[event["run"]])}
+            if event["event"] == "token" and event["i"]
+            else event
+            for event in events
+        ]
+
+    return alter
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("before"), execution="measured", name="host").directory
+
+
+def rows(before: Path, after: Path, fail_on: str = "") -> dict[str, Any]:
+    return compare(before, after, fail_on=fail_on).as_dict()
+
+
+def test_a_report_equals_itself(before: Path) -> None:
+    found = compare(before, before / "report.json", fail_on="decode_tok_s<-0%,kl>+0%,size_mb>+0,token_p95_ms>+0%")
+    assert not found.failed
+    assert {row.verdict for row in found.rows} == {"same"}
+    assert all(row.change == 0 for row in found.rows)
+
+
+def test_slower_tokens_are_a_regression_of_exactly_that_size(before: Path, tmp_path: Path) -> None:
+    after = make(tmp_path, execution="measured", name="host", alter=slower(0.25)).directory
+    found = rows(before, after, "decode_tok_s<-5%,kl>+10%")
+    decode = found["figures"]["decode_tok_s"]
+    assert decode["change"] == pytest.approx(1 / 1.25 - 1, abs=1e-3)
+    assert decode["verdict"] == "worse"
+    assert found["figures"]["kl"]["verdict"] == "same"
+    assert found["regressions"] == ["decode_tok_s<-5%"]
+    assert rows(after, before, "decode_tok_s<-5%")["regressions"] == []
+    assert rows(after, before)["figures"]["decode_tok_s"]["verdict"] == "better"
+
+
+def test_a_change_within_the_runs_own_spread_is_excused_and_said(tmp_path: Path) -> None:
+    def wild(name: str, alter: Any) -> Path:
+        return make(tmp_path / name, execution="measured", name="host", alter=alter).directory
+
+    first, second = wild("a", uneven(1, 0.8, 1, 1.3)), wild("b", uneven(1, 1.4, 1.15, 0.9))
+    found = rows(first, second, "decode_tok_s<-5%")
+    decode = found["figures"]["decode_tok_s"]
+    assert decode["change"] < -0.1
+    assert decode["interval"][0] < 0 < decode["interval"][1]
+    assert decode["verdict"] == "within noise"
+    assert found["regressions"] == []
+    assert found["within_noise"] == ["decode_tok_s<-5%"]
+
+
+def test_emulated_times_are_not_held_against_a_phones(before: Path, tmp_path: Path) -> None:
+    emulated = make(tmp_path).directory
+    found = rows(before, emulated)["figures"]
+    assert found["decode_tok_s"]["verdict"] == "not comparable"
+    assert "change" not in found["decode_tok_s"]
+    assert found["size_mb"]["verdict"] == "same"
+    with pytest.raises(UsageError, match="measured against emulated"):
+        compare(before, emulated, fail_on="decode_tok_s<-5%")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("decode<-5%", "Did you mean decode_tok_s"),
+        ("kl", "no condition"),
+        ("kl>-5%", "has not changed"),
+        ("decode_tok_s<5%", "has not changed"),
+        ("kl>+x%", "no condition"),
+    ],
+)
+def test_conditions_that_cannot_be_meant_are_refused(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(text)
+
+
+def test_conditions_in_percent_and_in_units() -> None:
+    speed, size = parse(" decode_tok_s<-5% , size_mb>+1.5,")
+    assert (speed.limit, speed.relative, speed.falls) == (-0.05, True, True)
+    assert (size.limit, size.relative, size.falls) == (1.5, False, False)
+    assert speed.holds(-0.06)
+    assert not speed.holds(-0.05)
+
+
+@pytest.mark.parametrize("change", [{"schema_version": 2}, {"speed": 3}, {"surprise": 1}])
+def test_a_report_that_is_none_is_one_line(before: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    document = json.loads((before / "report.json").read_text()) | change
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises(BoaEdgeError, match=r"report\.json"):
+        compare(before, tmp_path)
+
+
+@pytest.mark.parametrize(("percent", "count"), [(50, 5), (50, 30), (95, 40), (95, 200)])
+def test_the_interval_covers_the_true_quantile_as_often_as_it_says(percent: float, count: int) -> None:
+    noise = np.random.default_rng(7)
+    truth = float(np.quantile(noise.exponential(size=1_000_000), percent / 100))
+    hits = 0
+    for _ in range(800):
+        interval = quantile_interval(noise.exponential(size=count).tolist(), percent)
+        assert interval is not None
+        hits += interval.low <= truth <= interval.high
+    # What the extremes of so few samples can cover at best, else 95 %.
+    possible = 1 - (percent / 100) ** count - (1 - percent / 100) ** count
+    assert hits / 800 >= min(0.95, possible) - 0.03
+
+
+def test_noise_of_one_sample_is_unknown_and_of_two_their_range() -> None:
+    assert quantile_interval([3.0], 50) is None
+    assert quantile_interval([3.0, 1.0], 50) == Interval(1.0, 3.0)
+    assert change_interval(Interval(1, 2), Interval(2, 2)) == Interval(0.0, 1.0)
+    assert change_interval(Interval(0, 2), Interval(2, 2)) is None
