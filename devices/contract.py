@@ -56,6 +56,11 @@ class RunResult:
         command: the command line that ran on the device.
         files: SHA-256 of the runner and of the libraries that ran, by file name.
         execution: `measured` on real hardware (the host included), `emulated` under QEMU.
+        instructions: instructions that the program had executed when it sent each event, one for each of `events`;
+            None where nobody counted.
+        state: what the device said of its temperature, clocks and battery, under `before` and `after`; empty where it
+            has no such probes.
+        notes: what a reader of the figures has to know of this run.
     """
 
     events: tuple[Event, ...]
@@ -63,6 +68,9 @@ class RunResult:
     command: tuple[str, ...]
     files: dict[str, str]
     execution: Execution
+    instructions: tuple[int, ...] | None = None
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,23 @@ from numpy.typing import NDArray
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import sha256_file
-from devices import binaries, onnxruntime_library
+from boa_edge.progress import say
+from devices import binaries
 from devices.bundle import Program, read_program
 from devices.contract import DeviceStatus, Event, Execution, GenerateRequest, RunResult, ScoreRequest
 from devices.events import EventStream
-from devices.process import Outcome, run_lines
+from devices.own_runner import own_files
+from devices.process import Outcome
 from devices.profile import Profile
-from devices.transport import Transport, Workplace
+from devices.transport import ConnectionLostError, Transport, Workplace
 
 _TOKENS = "tokens.bin"
 _LOGITS = "logits.bin"
-# Nothing of the user's environment reaches a runner; ONNX Runtime's library would otherwise report its use.
-_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "ORT_DISABLE_TELEMETRY": "1"}
 _SILENCE_VARIABLE = "BOA_EDGE_SILENCE_LIMIT"
+_ATTEMPTS = 3
+# A runner cannot have worked for longer than it took as seen from here; clocks are read a little apart.
+_CLOCK_TOLERANCE = 1.02
+_CLOCK_SLACK_S = 0.05
 
 
 class RunnerDevice:
@@ -44,13 +49,14 @@ class RunnerDevice:
 
     def status(self) -> DeviceStatus:
         """Whether it can be used now, and what is missing if not."""
-        missing = (*self._transport.missing(), *binaries.missing(self._transport.target))
+        missing = self._missing()
+        problem = None if missing else self._transport.problem()
         return DeviceStatus(
             name=self.name,
             description=self._profile.description,
             execution=self.execution,
-            usable=not missing,
-            missing=(*missing, "fix: make setup") if missing else (),
+            usable=not missing and problem is None,
+            missing=(*missing, "fix: make setup") if missing else (problem,) if problem else (),
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -77,30 +83,68 @@ class RunnerDevice:
         program = read_program(Path(bundle))
         check_request(program, request)
         self._require_usable()
-        runner = binaries.runner_for(program.runtime)
-        files = binaries.files_for(runner, self._transport.target)
+        executable, files = self._runner_files(program)
+        attempt = 1
+        while True:
+            try:
+                return self._run_once(program, executable, files, request, on_event)
+            except ConnectionLostError as lost:
+                if attempt == _ATTEMPTS:
+                    raise
+                say(f"{lost} Trying again ({attempt} of {_ATTEMPTS - 1})")
+            self._transport.recover()
+            attempt += 1
+
+    def _run_once(
+        self,
+        program: Program,
+        executable: str,
+        files: dict[str, Path],
+        request: GenerateRequest | ScoreRequest,
+        on_event: Callable[[Event], None] | None,
+    ) -> RunResult:
         with self._transport.open() as workplace:
             for name, source in files.items():
-                workplace.push(source, name, executable=name in (runner.program, binaries.LOADER))
+                workplace.push(source, name, executable=name in (executable, binaries.LOADER))
             for name in program.files:
                 workplace.push(program.directory / name, name)
             self._push_tokens(workplace, request)
-            command = workplace.command(runner.program, _arguments(program, request, workplace))
-            events = self._execute(command, program, request, on_event)
+            arguments = _arguments(program, request, workplace)
+            before = workplace.state()
+            events = self._execute(workplace, executable, arguments, program, request, on_event)
+            after = workplace.state()
+            instructions = workplace.instructions()
             logits = self._read_logits(workplace, program, request) if isinstance(request, ScoreRequest) else None
-        return RunResult(
-            events=events,
-            logits=logits,
-            command=command,
-            files={name: sha256_file(source) for name, source in files.items()},
-            execution=self.execution,
-        )
+            return RunResult(
+                events=events,
+                logits=logits,
+                command=workplace.command(executable, arguments),
+                files={name: sha256_file(source) for name, source in files.items()},
+                execution=self.execution,
+                instructions=instructions if instructions and len(instructions) == len(events) else None,
+                state={"before": before, "after": after} if before or after else {},
+                notes=self._transport.notes(),
+            )
+
+    def _missing(self) -> tuple[str, ...]:
+        missing = self._transport.missing()
+        if self._profile.runner_path is not None:
+            return missing
+        return (*missing, *binaries.missing(self._transport.target))
 
     def _require_usable(self) -> None:
-        status = self.status()
-        if not status.usable:
-            lacks = "; ".join(status.missing[:-1])
+        missing = self._missing()
+        if missing:
+            lacks = "; ".join(missing)
             raise BoaEdgeError(f"cannot be used: {lacks} missing", where=f"device {self.name}", fix="Run `make setup`")
+
+    def _runner_files(self, program: Program) -> tuple[str, dict[str, Path]]:
+        """The name of the program to run, and name -> local file of all that it needs besides the model."""
+        own = self._profile.runner_path
+        if own is not None:
+            return own.name, own_files(self._profile, own)
+        runner = binaries.runner_for(program.runtime)
+        return runner.program, binaries.files_for(runner, self._transport.target)
 
     def _push_tokens(self, workplace: Workplace, request: GenerateRequest | ScoreRequest) -> None:
         tokens = request.tokens if isinstance(request, ScoreRequest) else request.prompt
@@ -108,14 +152,16 @@ class RunnerDevice:
 
     def _execute(
         self,
-        command: tuple[str, ...],
+        workplace: Workplace,
+        executable: str,
+        arguments: list[str],
         program: Program,
         request: GenerateRequest | ScoreRequest,
         on_event: Callable[[Event], None] | None,
     ) -> tuple[Event, ...]:
-        stream = EventStream(
-            self.name, request, program.runtime, onnxruntime_library.version(), vocabulary=program.vocab_size
-        )
+        # A runner of the user's own brings whatever version it was built with.
+        version = binaries.runner_for(program.runtime).wheel.version() if self._profile.runner_path is None else None
+        stream = EventStream(self.name, request, program.runtime, version, vocabulary=program.vocab_size)
         refused: list[BoaEdgeError] = []
 
         def on_line(line: str) -> None:
@@ -130,12 +176,25 @@ class RunnerDevice:
                 on_event(event)
 
         limit = self._silence_limit()
+        started = time.monotonic()
         try:
-            outcome = run_lines(command, _ENVIRONMENT, on_line, limit)
+            outcome = workplace.run(executable, arguments, on_line, limit)
         except OSError as error:
             raise BoaEdgeError(f"the runner cannot be started ({error})", where=f"device {self.name}") from error
+        elapsed = time.monotonic() - started
         self._judge(stream, refused, outcome)
+        self._check_clock(stream, elapsed)
         return tuple(stream.events)
+
+    def _check_clock(self, stream: EventStream, elapsed_s: float) -> None:
+        """What the runner timed happened one after the other, so its sum cannot exceed what passed here meanwhile."""
+        claimed = sum(event["ns"] for event in stream.events if "ns" in event and event.get("i") != 0) / 1e9
+        if claimed > elapsed_s * _CLOCK_TOLERANCE + _CLOCK_SLACK_S:
+            raise BoaEdgeError(
+                f"the runner claims {claimed:.3g} s of work, but only {elapsed_s:.3g} s passed here meanwhile",
+                where=f"device {self.name}",
+                fix="The device's clock runs fast or the runner misreports its times: no figure of it can be trusted",
+            )
 
     def _judge(self, stream: EventStream, refused: list[BoaEdgeError], outcome: Outcome) -> None:
         """A run counts only if every event was right, `end` was the last, and the process exited with 0."""
@@ -186,6 +245,8 @@ class RunnerDevice:
 
 
 def _advice(outcome: Outcome) -> str:
+    if outcome.advice is not None:
+        return outcome.advice
     if outcome.problem is not None:
         return f"If the device is only slow, set ${_SILENCE_VARIABLE} to more seconds"
     if outcome.code == -9:
@@ -203,6 +264,8 @@ def _arguments(program: Program, request: GenerateRequest | ScoreRequest, workpl
     else:
         arguments += ["--mode", "generate", "--new-tokens", str(request.new_tokens)]
         arguments += ["--warmup", str(request.warmup), "--repeats", str(request.repeats)]
+    if program.prefill_length is not None:
+        arguments += ["--prefill", str(program.prefill_length)]
     for key, value in program.session_config.items():
         arguments += ["--config", f"{key}={value}"]
     return arguments

@@ -29,6 +29,15 @@ class LocalTransport:
     def missing(self) -> tuple[str, ...]:
         return ()
 
+    def problem(self) -> str | None:
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
+    def recover(self) -> None:
+        """A process of this machine is not lost."""
+
     def fingerprint(self) -> dict[str, Any]:
         return host_facts()
 

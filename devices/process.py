@@ -27,11 +27,13 @@ class Outcome:
         code: exit status; negative: the signal that ended it; None: stopped by us.
         stderr: its last lines on stderr.
         problem: why it was stopped, where it was.
+        advice: what the user can do about that, where it is not the usual.
     """
 
     code: int | None
     stderr: tuple[str, ...]
     problem: str | None = None
+    advice: str | None = None
 
     def describe(self) -> str:
         """How it ended, in words."""

@@ -7,9 +7,10 @@ that the two cannot disagree: a library that dispatches by part number would oth
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +18,31 @@ from boa_edge.errors import UsageError
 from devices.paths import PROFILES
 
 _FEATURE = r"^[a-z0-9_]+$"
+# No leading dash: these become arguments of client programs.
+_SERIAL = r"^[A-Za-z0-9_\[][A-Za-z0-9._:%\[\]-]*$"
+_HOST = r"^[A-Za-z0-9_][A-Za-z0-9._@:%\[\]-]*$"
+_SERVER = r"^[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]{1,5}$"
+_DIRECTORY = r"^/?[A-Za-z0-9._][A-Za-z0-9._/-]*$"
+
+# What may stand in a profile besides what every device has.
+_REMOTE = (
+    "emulated",
+    "directory",
+    "runner_path",
+    "runner_files",
+    "time_limit_s",
+    "reconnect_limit_s",
+    "store_limit_mb",
+)
+_FIELDS: dict[str, tuple[str, ...]] = {
+    "local": (),
+    "qemu": ("cpu",),
+    "adb": ("serial", "server", *_REMOTE),
+    "ssh": ("host", "port", "identity", *_REMOTE),
+}
+_COMMON = ("name", "description", "transport", "silence_limit_s")
+# The field that a name's part after its first colon fills in: `android:SERIAL`, `ssh:USER@HOST`.
+_TARGETS = {"adb": "serial", "ssh": "host"}
 
 
 class Cpu(BaseModel):
@@ -60,42 +86,97 @@ class Profile(BaseModel):
     Attributes:
         name: the file's stem.
         description: one line for `boa-edge devices`.
-        transport: `local` runs here natively; `qemu` runs here under emulation and needs `cpu`.
+        transport: `local` runs here natively; `qemu` runs here under emulation and needs `cpu`; `adb` is an Android
+            device; `ssh` is anything with an OpenSSH server.
         silence_limit_s: seconds without an event after which a run counts as hung.
+        serial: adb: of the device, as `adb devices` shows it; without it the only one that is attached.
+        server: adb: HOST:PORT of an adb server elsewhere; without it the user's own.
+        host: ssh: HOST, USER@HOST or a name in the user's ssh configuration.
+        port, identity: ssh: where they differ from what the user's ssh configuration says; a path is relative to the
+            profile's file.
+        emulated: adb, ssh: the device is no real hardware, so that nothing of it counts as measured.
+        directory: adb, ssh: where our files stand on the device; ssh: relative to the home directory or absolute.
+        runner_path, runner_files: adb, ssh: a runner of the user's own instead of ours, and the libraries it needs;
+            the paths are relative to the profile's file.
+        time_limit_s: adb, ssh: seconds after which the device itself ends a run, reached or not.
+        reconnect_limit_s: adb, ssh: seconds to wait for a device that went away.
+        store_limit_mb: adb, ssh: MiB of files that may stay on the device.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     description: str = Field(min_length=1, max_length=200)
-    transport: Literal["local", "qemu"]
+    transport: Literal["local", "qemu", "adb", "ssh"]
     silence_limit_s: float = Field(default=3600.0, gt=0)
     cpu: Cpu | None = None
+    serial: str | None = Field(default=None, pattern=_SERIAL, max_length=200)
+    server: str | None = Field(default=None, pattern=_SERVER)
+    host: str | None = Field(default=None, pattern=_HOST, max_length=255)
+    port: int | None = Field(default=None, ge=1, le=65535)
+    identity: Path | None = None
+    emulated: bool = False
+    directory: str | None = Field(default=None, pattern=_DIRECTORY, max_length=200)
+    runner_path: Path | None = None
+    runner_files: tuple[Path, ...] = ()
+    time_limit_s: float = Field(default=6 * 3600.0, ge=1, le=30 * 24 * 3600)
+    reconnect_limit_s: float = Field(default=90.0, ge=1, le=3600)
+    store_limit_mb: int = Field(default=4096, ge=1)
 
     @model_validator(mode="after")
-    def _cpu_belongs_to_emulation(self) -> Profile:
+    def _fields_belong_to_the_transport(self) -> Profile:
         if self.transport == "qemu" and self.cpu is None:
             raise ValueError("a qemu device needs a [cpu] table")
         if self.transport == "local" and self.cpu is not None:
             raise ValueError("a local device has the CPU it has; remove [cpu]")
+        allowed = {*_COMMON, *_FIELDS[self.transport]}
+        for field in sorted(self.model_fields_set - allowed):
+            raise ValueError(f"'{field}' has no meaning for transport {self.transport!r}; remove it")
+        if self.runner_files and self.runner_path is None:
+            raise ValueError("'runner_files' belong to a runner of your own: set 'runner_path' too")
+        if self.directory is not None and ".." in self.directory.split("/"):
+            raise ValueError("'directory' must not contain '..'")
+        if self.transport == "adb" and self.directory is not None and not self.directory.startswith("/"):
+            raise ValueError("'directory' must be absolute on an adb device")
         return self
 
 
-def known_profiles() -> tuple[str, ...]:
-    """Names of the profiles that come with the package."""
-    return tuple(sorted((path.stem for path in PROFILES.glob("*.toml")), key=lambda name: (name != "host", name)))
+def user_profiles() -> Path:
+    """The directory of the user's own profiles; it need not exist."""
+    base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "boa-edge" / "devices"
+
+
+def known_profiles() -> dict[str, Path]:
+    """Name -> file: ours, `host` first, then the user's; a file of the user's wins over ours of the same name."""
+    ours = sorted(PROFILES.glob("*.toml"), key=lambda path: (path.stem != "host", path.stem))
+    return {path.stem: path for path in (*ours, *sorted(user_profiles().glob("*.toml")))}
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """The profile of that name, or of the user's own `.toml` file. UsageError where there is none or it is wrong."""
+    """The profile of that name, of `NAME:TARGET` (a serial, a host), or of a file. UsageError if there is none."""
+    known = known_profiles()
+    name, colon, target = name_or_path.partition(":")
+    if colon and name in known:
+        return _aimed(read_profile(known[name]), name_or_path, target)
     if name_or_path.endswith(".toml") or "/" in name_or_path:
         return read_profile(Path(name_or_path))
-    known = known_profiles()
     if name_or_path not in known:
-        close = difflib.get_close_matches(name_or_path, known, n=1)
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
         raise UsageError(f"unknown device {name_or_path!r}", fix=f"{hint}Known: {', '.join(known)}, or a .toml file")
-    return read_profile(PROFILES / f"{name_or_path}.toml")
+    return read_profile(known[name_or_path])
+
+
+def _aimed(profile: Profile, name: str, target: str) -> Profile:
+    field = _TARGETS.get(profile.transport)
+    if field is None:
+        raise UsageError(f"{profile.name!r} takes nothing after a colon", where=f"device {name}")
+    given = profile.model_dump(exclude_unset=True) | {"name": name, field: target}
+    try:
+        return Profile(**given)
+    except ValidationError as error:
+        raise UsageError(_explain(error), where=f"device {name}") from None
 
 
 def read_profile(path: Path) -> Profile:
@@ -109,9 +190,24 @@ def read_profile(path: Path) -> Profile:
     if "name" in document:
         raise UsageError("field 'name' is not allowed: the file's name is the device's name", where=path)
     try:
-        return Profile(name=path.stem, **document)
+        return _with_paths(Profile(name=path.stem, **document), path.absolute().parent)
     except ValidationError as error:
         raise UsageError(_explain(error), where=path) from None
+
+
+def _with_paths(profile: Profile, base: Path) -> Profile:
+    """Relative paths are relative to the profile's own directory; `~` is the user's home."""
+
+    def absolute(path: Path) -> Path:
+        return base / path.expanduser()
+
+    changes: dict[str, Any] = {}
+    if profile.runner_path is not None:
+        changes["runner_path"] = absolute(profile.runner_path)
+        changes["runner_files"] = tuple(map(absolute, profile.runner_files))
+    if profile.identity is not None:
+        changes["identity"] = absolute(profile.identity)
+    return profile.model_copy(update=changes) if changes else profile
 
 
 def _explain(error: ValidationError) -> str:

@@ -41,6 +41,15 @@ class QemuTransport:
             return (f"an emulator that knows CPU {' or '.join(self._cpu.qemu)} (found {_version(emulator)})",)
         return ()
 
+    def problem(self) -> str | None:
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
+    def recover(self) -> None:
+        """A process of this machine is not lost."""
+
     def fingerprint(self) -> dict[str, Any]:
         emulator = tools.require(tools.QEMU)
         chosen = _choose_cpu(emulator, self._cpu)

@@ -68,6 +68,7 @@ CROSS = Tool(
     arguments=("--sysroot=$root",),
 )
 HOST = Tool("host", ("g++", "c++", "clang++"), "g++", "the C++ compiler", arguments=("--sysroot=$root",))
+ADB = Tool("adb", ("adb",), "adb", "the client for Android devices")
 CHROMIUM = Tool(
     "chromium",
     ("chromium", "chromium-browser", "google-chrome"),
@@ -78,7 +79,7 @@ CHROMIUM = Tool(
     files=(("fonts.conf", _FONTS),),
 )
 
-SETUP_TOOLS = (HOST, CROSS, QEMU)
+SETUP_TOOLS = (HOST, CROSS, QEMU, ADB)
 TEST_TOOLS = (CHROMIUM,)
 
 

@@ -1,19 +1,25 @@
 """How files and commands reach a device.
 
-A transport opens a work place: an empty directory on the device that is gone afterwards. Commands run as a local
-process that stands for the one on the device (the runner itself, the emulator, or a client of a remote shell). A
+A transport opens a work place: an empty directory on the device that is gone afterwards. A program there runs as a
+local process that stands for the one on the device (the runner itself, the emulator, or a client of a remote shell). A
 further way to reach devices is one file with such a class and one line in devices/registry.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from boa_edge.errors import BoaEdgeError
 from devices.binaries import Target
 from devices.contract import Execution
+from devices.process import Outcome
+
+
+class ConnectionLostError(BoaEdgeError):
+    """The device went away before it had answered. What it was asked for has to be asked again from the start."""
 
 
 class Workplace(Protocol):
@@ -32,7 +38,24 @@ class Workplace(Protocol):
         ...
 
     def command(self, program: str, arguments: Sequence[str]) -> tuple[str, ...]:
-        """The local command that runs `program` (a pushed file) with `arguments` on the device."""
+        """The command that `run` runs, as the device sees it."""
+        ...
+
+    def run(
+        self, program: str, arguments: Sequence[str], on_line: Callable[[str], None], silence_limit_s: float
+    ) -> Outcome:
+        """Run `program` (a pushed file) to its end; `on_line` gets each line of its stdout.
+
+        Whatever happens, nothing is left running. Raises ConnectionLostError where the end was not seen.
+        """
+        ...
+
+    def instructions(self) -> tuple[int, ...] | None:
+        """Instructions that the last run had executed at each of its lines; None where they are not counted."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Temperature, clocks and battery as they are now, JSON-ready; empty where there are no such probes."""
         ...
 
     def pull(self, name: str) -> Path:
@@ -52,7 +75,19 @@ class Transport(Protocol):
         ...
 
     def missing(self) -> tuple[str, ...]:
-        """What this transport lacks here, in words; empty where it can be used."""
+        """What set-up has to bring before this transport can be used, in words."""
+        ...
+
+    def problem(self) -> str | None:
+        """Why the device cannot be reached now and what to do about it; asked only where nothing is missing."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of figures from this device has to know."""
+        ...
+
+    def recover(self) -> None:
+        """Reach the device again after a ConnectionLostError. BoaEdgeError where it stays away."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:

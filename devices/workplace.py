@@ -7,15 +7,19 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from boa_edge.files import disk_errors
 from devices.locks import only_one
 from devices.paths import cache_directory
+from devices.process import Outcome, run_lines
 
 _PREFIX = "run-"
+# Nothing of the user's environment reaches a runner; ONNX Runtime's library would otherwise report its use.
+RUNNER_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "ORT_DISABLE_TELEMETRY": "1"}
 
 
 class LocalWorkplace:
@@ -42,6 +46,17 @@ class LocalWorkplace:
 
     def command(self, program: str, arguments: Sequence[str]) -> tuple[str, ...]:
         return (self.path(program), *arguments)
+
+    def run(
+        self, program: str, arguments: Sequence[str], on_line: Callable[[str], None], silence_limit_s: float
+    ) -> Outcome:
+        return run_lines(self.command(program, arguments), RUNNER_ENVIRONMENT, on_line, silence_limit_s)
+
+    def instructions(self) -> tuple[int, ...] | None:
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {}
 
     def pull(self, name: str) -> Path:
         return self.directory / name

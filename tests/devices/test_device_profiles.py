@@ -72,12 +72,16 @@ def test_the_core_list_has_as_many_cores_as_directories(cpu: Cpu) -> None:
     assert int(files["sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"]) == cpu.max_mhz * 1000
 
 
-def test_the_shipped_profiles_differ_in_dot_products_and_neither_has_int8_matrices() -> None:
-    assert known_profiles() == ("host", "arm64", "arm64-a53")
-    features = {name: set(load_profile(name).cpu.features) for name in ("arm64", "arm64-a53")}  # type: ignore[union-attr]
-    assert {"asimddp", "fphp", "asimdhp"} <= features["arm64"]
+EMULATED = ("arm64", "arm64-a53", "arm64-i8mm")
+
+
+def test_the_shipped_profiles_differ_in_dot_products_and_int8_matrices() -> None:
+    assert {"host", "android", *EMULATED} <= set(known_profiles())
+    assert next(iter(known_profiles())) == "host"
+    features = {name: set(load_profile(name).cpu.features) for name in EMULATED}  # type: ignore[union-attr]
+    assert {"asimddp", "fphp", "asimdhp"} <= features["arm64"] < features["arm64-i8mm"]
     assert "asimddp" not in features["arm64-a53"]
-    assert not any("i8mm" in names for names in features.values())
+    assert [name for name in EMULATED if "i8mm" in features[name]] == ["arm64-i8mm"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,9 @@ def test_the_shipped_profiles_differ_in_dot_products_and_neither_has_int8_matric
         (("min_mhz = 500", "min_mhz = 5000"), "min_mhz 5000 is above max_mhz 1500"),
         (('"cortex-a72"', '"cortex-a72 -L /"'), "cpu.qemu"),
         (('transport = "qemu"', 'transport = "local"'), "remove [cpu]"),
-        (('transport = "qemu"', 'transport = "adb"'), "transport"),
+        (('transport = "qemu"', 'transport = "adb"'), "'cpu' has no meaning for transport 'adb'"),
+        (('transport = "qemu"', 'transport = "usb"'), "transport"),
+        (('transport = "qemu"', 'transport = "qemu"\nserial = "x"'), "'serial' has no meaning for transport 'qemu'"),
         (('description = "mine"', 'name = "other"'), "the file's name is the device's name"),
         (("[cpu]", "[cpu"), "not valid TOML"),
     ],
@@ -115,7 +121,9 @@ def test_a_users_own_profile_is_a_device(tmp_path: Path) -> None:
     assert (device.name, device.execution) == ("my-board", "emulated")
 
 
-@pytest.mark.parametrize(("name", "hint"), [("arm46", "Did you mean arm64?"), ("zzz", "host, arm64, arm64-a53")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("arm46", "Did you mean arm64?"), ("zzz", "host, android, arm64, arm64-a53")]
+)
 def test_an_unknown_device_names_close_ones(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match="unknown device") as error:
         open_device(name)
@@ -144,7 +152,7 @@ PROBE = r"""
 #include <fstream>
 #include <iostream>
 int main(int argc, char** argv) {
-    std::cout << getauxval(AT_HWCAP) << "\n";
+    std::cout << getauxval(AT_HWCAP) << " " << getauxval(AT_HWCAP2) << "\n";
     for (int i = 1; i < argc; ++i) std::cout << std::ifstream(argv[i]).rdbuf();
 }
 """
@@ -155,6 +163,8 @@ HWCAP = {
     17: "sha3", 18: "sm3", 19: "sm4", 20: "asimddp", 21: "sha512", 22: "sve", 23: "asimdfhm", 24: "dit", 25: "uscat",
     26: "ilrcpc", 27: "flagm", 28: "ssbs", 29: "sb", 30: "paca", 31: "pacg",
 }  # fmt: skip
+# Bits of AT_HWCAP2; the scalable ones are not told apart.
+HWCAP2 = {0: "dcpodp", 1: "sve2", 7: "flagm2", 8: "frint", 13: "i8mm", 14: "bf16", 15: "dgh", 17: "bti"}
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +177,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("name", ["arm64", "arm64-a53"])
+@pytest.mark.parametrize("name", EMULATED)
 def test_the_profile_and_the_emulated_cpu_agree(name: str, probe: Path) -> None:
     profile = load_profile(name)
     assert profile.cpu is not None
@@ -177,10 +187,13 @@ def test_the_profile_and_the_emulated_cpu_agree(name: str, probe: Path) -> None:
         emulate = workplace.command("ignored", ())[:5]
         done = subprocess.run([*emulate, str(probe), *paths], capture_output=True, text=True, check=True, timeout=60)
     first, _, shown = done.stdout.partition("\n")
-    emulated = {feature for bit, feature in HWCAP.items() if int(first) >> bit & 1}
+    words = [int(word) for word in first.split()]
+    emulated = {
+        name for word, bits in zip(words, (HWCAP, HWCAP2), strict=True) for bit, name in bits.items() if word >> bit & 1
+    }
     claimed = set(profile.cpu.features)
     # What is claimed must run (no illegal instructions); kernels are chosen by these, so nothing of them may be extra.
-    chosen_by = {"asimd", "asimddp", "asimdhp", "fphp", "atomics", "sve", "aes"}
+    chosen_by = {"asimd", "asimddp", "asimdhp", "fphp", "atomics", "sve", "sve2", "aes", "i8mm", "bf16"}
     # The event stream and the identification registers are the kernel's, which QEMU stands in for.
     assert claimed - {"evtstrm", "cpuid"} <= emulated
     if transport.fingerprint()["cpu_as_profiled"]:

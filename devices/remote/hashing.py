@@ -1,0 +1,76 @@
+"""SHA-256 of files on a device: by a program there, else by fetching them back."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from boa_edge.errors import BoaEdgeError
+from boa_edge.files import sha256_file
+from devices.remote.shell import RemoteShell, ask, lost, transfer_limit
+
+_PROGRAMS = ("sha256sum", "toybox sha256sum", "busybox sha256sum")
+_LINE = re.compile(r"^([0-9a-f]{64})[ \t]+\*?(.+)$")
+# SHA-256 of nothing.
+_EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def find_hasher(shell: RemoteShell) -> str | None:
+    """The program there that hashes as it should, None where there is none."""
+    tries = "\n".join(f'[ "$({program} </dev/null 2>/dev/null)" ] && echo {program}' for program in _PROGRAMS)
+    for program in ask(shell, f"{tries}\ntrue").out.splitlines():
+        if program in _PROGRAMS and ask(shell, f"{program} </dev/null").out.startswith(_EMPTY):
+            return program
+    return None
+
+
+def hash_files(shell: RemoteShell, hasher: str | None, paths: Iterable[str], total: int) -> dict[str, str]:
+    """Path -> hex SHA-256 of those among `paths` that are files there; `total`: bytes expected, for the time limit."""
+    wanted = list(paths)
+    if not wanted:
+        return {}
+    if hasher is None:
+        return {path: digest for path in wanted if (digest := _fetch_and_hash(shell, path)) is not None}
+    words = " ".join(shlex.quote(path) for path in wanted)
+    answer = ask(
+        shell, f'for f in {words}; do [ -f "$f" ] && {hasher} "$f"; done; true', timeout_s=transfer_limit(total)
+    )
+    found = {}
+    for line in answer.out.splitlines():
+        if match := _LINE.match(line):
+            found[match[2]] = match[1]
+    return found
+
+
+def _fetch_and_hash(shell: RemoteShell, path: str) -> str | None:
+    size = ask(shell, f"[ -f {shlex.quote(path)} ] && wc -c < {shlex.quote(path)}")
+    if not size:
+        return None
+    with tempfile.TemporaryDirectory(prefix="boa-edge-") as directory:
+        target = Path(directory) / "back"
+        count = size.out.strip()
+        shell.fetch(path, target, transfer_limit(int(count) if count.isdigit() else 0))
+        return sha256_file(target)
+
+
+def fetch_checked(shell: RemoteShell, hasher: str | None, path: str, target: Path) -> bool:
+    """Fetch a file and hold it against its size and hash there; False where there is no such file.
+
+    Raises ConnectionLostError where what arrived is not what stands there.
+    """
+    quoted = shlex.quote(path)
+    answer = ask(shell, f"[ -f {quoted} ] || exit 44; wc -c < {quoted}")
+    if answer.code == 44:
+        return False
+    count = answer.out.strip()
+    if not answer or not count.isdigit():
+        raise BoaEdgeError(f"{path} cannot be read there ({answer.err.strip()[:200]})", where=f"device {shell.name}")
+    shell.fetch(path, target, transfer_limit(int(count)))
+    if target.stat().st_size != int(count):
+        raise lost(shell, f"{target.stat().st_size} of {count} bytes of {path} arrived")
+    if hasher is not None and hash_files(shell, hasher, [path], int(count)).get(path) != sha256_file(target):
+        raise lost(shell, f"{path} did not arrive as it stands there")
+    return True
