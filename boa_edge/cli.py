@@ -52,7 +52,7 @@ StreamOption = Annotated[
 SpillOption = Annotated[
     Path | None, typer.Option("--spill", help="A directory for activations; without it they stay in memory.")
 ]
-RuntimeOption = Annotated[str, typer.Option("--runtime", help="The runtime to lower to: onnx.")]
+RuntimeOption = Annotated[str, typer.Option("--runtime", help="The runtime to lower to: onnx or executorch.")]
 Activations = Literal["int8", "float32"]
 ActivationsOption = Annotated[
     Activations | None,
@@ -61,6 +61,13 @@ ActivationsOption = Annotated[
 FormOption = Annotated[
     str | None,
     typer.Option("--form", help="onnx: qdq (default, standard operators) or fused (ONNX Runtime's own, and genai's)."),
+]
+ContextOption = Annotated[
+    int | None,
+    typer.Option("--context", help="executorch: tokens that the cache holds (default 2048, or the model's if fewer)."),
+]
+PrefillOption = Annotated[
+    int | None, typer.Option("--prefill", help="executorch: tokens of one call at most (default 128).")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="A device's name (`boa-edge devices`) or profile file.")]
 OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The directory to write.")]
@@ -109,13 +116,25 @@ def export(
     runtime: RuntimeOption = "onnx",
     activations: ActivationsOption = None,
     form: FormOption = None,
+    context: ContextOption = None,
+    prefill: PrefillOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Quantized checkpoint in, a bundle that the runtime loads out."""
     from exporters import export as stage
 
     quiet_transformers()
-    _finish(stage(checkpoint, runtime, output, activations=activations, form=form, overwrite=overwrite).as_dict())
+    result = stage(
+        checkpoint,
+        runtime,
+        output,
+        activations=activations,
+        form=form,
+        context_length=context,
+        prefill_length=prefill,
+        overwrite=overwrite,
+    )
+    _finish(result.as_dict())
 
 
 @app.command()

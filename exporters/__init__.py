@@ -6,17 +6,28 @@ import difflib
 import time
 from pathlib import Path
 
-from boa_edge.errors import UsageError
+from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import output_directory
 from boa_edge.progress import say
-from exporters import onnx
-from exporters.base import Activations, Exporter, ExportResult, Lowered
+from exporters import executorch, onnx
+from exporters.base import Activations, Decoder, Exporter, ExportResult, Lowered, Request
 from exporters.bundle import Bundle, copy_companions, write_manifest
 from toolchain.checkpoint import Checkpoint
 
-__all__ = ["EXPORTERS", "Activations", "Bundle", "ExportResult", "Exporter", "Lowered", "export"]
+__all__ = [
+    "EXPORTERS",
+    "Activations",
+    "Bundle",
+    "Decoder",
+    "ExportResult",
+    "Exporter",
+    "Lowered",
+    "Request",
+    "export",
+    "open_decoder",
+]
 
-EXPORTERS: dict[str, Exporter] = {"onnx": onnx.EXPORTER}
+EXPORTERS: dict[str, Exporter] = {"executorch": executorch.EXPORTER, "onnx": onnx.EXPORTER}
 
 
 def export(
@@ -26,6 +37,8 @@ def export(
     *,
     activations: Activations | None = None,
     form: str | None = None,
+    context_length: int | None = None,
+    prefill_length: int | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
     """Lower a quantized checkpoint to a bundle that `runtime` loads (docs/contracts.md, "Bundle").
@@ -36,10 +49,13 @@ def export(
         output: the bundle's directory; whole or absent afterwards.
         activations: precision of the inputs of the quantized linears; None means int8, the fast default.
         form: one of the runtime's forms (`qdq` or `fused` for onnx); None means its default.
+        context_length, prefill_length: in tokens, of a program with a cache of its own (executorch); None means its
+            default.
         overwrite: replace an existing, non-empty `output`.
 
     Raises:
-        UsageError: an unknown runtime, activation type or form, or `output` exists.
+        UsageError: an unknown runtime, activation type or form, lengths that are impossible or not for this runtime, or
+            `output` exists.
         BoaEdgeError: the checkpoint is broken, cannot be run fast by the runtime, or the disk is full.
     """
     start = time.monotonic()
@@ -54,10 +70,14 @@ def export(
     shape = form or exporter.forms[0]
     if shape not in exporter.forms:
         raise UsageError(f"{runtime} has no form {shape!r}", fix=f"Known: {', '.join(exporter.forms)}")
+    if not exporter.lengths and (context_length is not None or prefill_length is not None):
+        problem = f"{runtime} takes no --context and no --prefill: its graph bounds neither"
+        raise UsageError(problem, fix="Leave them out")
+    request = Request(chosen, shape, context_length, prefill_length)
     source = Checkpoint(checkpoint)
-    exporter.check(source, chosen, shape)
+    exporter.check(source, request)
     with output_directory(output, overwrite=overwrite) as directory:
-        lowered = exporter.lower(source, directory, chosen, shape)
+        lowered = exporter.lower(source, directory, request)
         copy_companions(source, directory)
         manifest = write_manifest(directory, source.recipe)
     for note in lowered.notes:
@@ -73,3 +93,16 @@ def export(
         seconds=time.monotonic() - start,
         notes=lowered.notes,
     )
+
+
+def open_decoder(bundle: Bundle) -> Decoder:
+    """A checked bundle, ready to run on the host.
+
+    Raises:
+        BoaEdgeError: nobody knows its runtime, or the runtime refuses its program.
+    """
+    exporter = EXPORTERS.get(bundle.runtime.runtime)
+    if exporter is None:
+        problem = f"is a bundle for {bundle.runtime.runtime!r}"
+        raise BoaEdgeError(problem, where=bundle.path, fix=f"Known: {', '.join(sorted(EXPORTERS))}")
+    return exporter.open(bundle)

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters.bundle import Bundle
 from toolchain.checkpoint import Checkpoint
 
 Activations = Literal["int8", "float32"]
+
+
+class Decoder(Protocol):
+    """A bundle's program, running on the host."""
+
+    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """tokens int64 [batch, length] -> logits float32 [batch, length, vocabulary]."""
+
+    def greedy(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """The `new_tokens` most likely ids after `prompt`, one after the other, none of them treated as an end."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants of an export.
+
+    Attributes:
+        activations: precision of the inputs of the quantized linears.
+        form: one of the exporter's forms.
+        context_length, prefill_length: how many tokens the program's cache holds, and how many one call takes at most;
+            None means the exporter's default. Only for exporters with `lengths`.
+    """
+
+    activations: Activations
+    form: str
+    context_length: int | None = None
+    prefill_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,9 +104,13 @@ class Exporter:
     Attributes:
         check: refuses, before any heavy work, what the runtime cannot hold or run fast; raises BoaEdgeError.
         lower: writes the model files and `runtime.json` into an empty directory, and proves that they load.
-        forms: what `check` and `lower` know as the last argument, the default first.
+        forms: what a request may name, the default first.
+        open: a checked bundle -> its program on the host; raises BoaEdgeError where the runtime refuses it.
+        lengths: whether a request may set the context's and the prefill's length.
     """
 
-    check: Callable[[Checkpoint, Activations, str], None]
-    lower: Callable[[Checkpoint, Path, Activations, str], Lowered]
+    check: Callable[[Checkpoint, Request], None]
+    lower: Callable[[Checkpoint, Path, Request], Lowered]
     forms: tuple[str, ...]
+    open: Callable[[Bundle], Decoder]
+    lengths: bool = False

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
+from exporters import open_decoder
 from exporters.bundle import Bundle
-from exporters.onnx.session import OnnxDecoder
 from toolchain.checkpoint import Checkpoint
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source, load_tokenizer
@@ -122,7 +122,7 @@ def _checkpoint(path: Path) -> _Subject:
 
 
 def _bundle(path: Path) -> _Subject:
-    decoder = OnnxDecoder.open(Bundle.open(path))
+    decoder = open_decoder(Bundle.open(path))
 
     def logits(ids: Tensor) -> Tensor:
         return torch.from_numpy(decoder.logits(ids.numpy()))

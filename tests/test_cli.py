@@ -88,7 +88,7 @@ def test_the_installed_command_ends_with_one_json_document() -> None:
         (["export", "nowhere", "--runtime", "onx", "-o", "x"], 2, "'onnx'"),
         (["measure", "nowhere", "-o", "x"], 1, "error: nowhere"),
         (["run", "--device", "arm65", "-o", "x"], 2, "arm64"),
-        (["run", "--runtime", "onx", "-o", "x"], 2, "Accepted: onnx"),
+        (["run", "--runtime", "onx", "-o", "x"], 2, "Accepted: executorch, onnx"),
         (["evaluate", "default", "--text", "nowhere.txt"], 1, "error: nowhere.txt: no such text file."),
         (["frobnicate"], 2, "frobnicate"),
     ],

@@ -11,12 +11,13 @@ from safetensors import safe_open
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import write_json
-from exporters.base import Activations, Exporter, Lowered
+from exporters.base import Activations, Exporter, Lowered, Request
 from exporters.bundle import RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token_ids
 from exporters.onnx.forms import FORMS
 from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.kernels import FUSED_GROUPS, carrier
 from exporters.onnx.lowerable import ACCEPTED, obstacles
+from exporters.onnx.session import OnnxDecoder
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
@@ -41,14 +42,14 @@ def _schemes(checkpoint: Checkpoint) -> list[tuple[str, int, int | None]]:
     return found
 
 
-def check(checkpoint: Checkpoint, activations: Activations, form: str) -> None:
+def check(checkpoint: Checkpoint, request: Request) -> None:
     """Refuse decoders that the graph cannot hold, and group sizes that ONNX Runtime does not fuse: they would run some
     20 times slower.
 
     Raises:
         BoaEdgeError: with what is accepted.
     """
-    name = cast(Form, form)
+    activations, name = request.activations, cast(Form, request.form)
     # A product between rotary embedding and attention takes the former out of the latter, and with it what it can do.
     products = online_products(checkpoint.spec, checkpoint.transforms)
     takes = "qdq" if any(product.place == "query_key" for product in products) else name
@@ -107,14 +108,14 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
     return tuple(dict.fromkeys(notes))
 
 
-def lower(checkpoint: Checkpoint, directory: Path, activations: Activations, form: str) -> Lowered:
+def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     """Write `model.onnx`, `model.onnx.data` and `runtime.json`, and prove that they load and run.
 
     Raises:
         BoaEdgeError: the checkpoint is broken, or the graph fails a check.
     """
-    spec = checkpoint.spec
-    name = cast(Form, form)
+    spec, activations = checkpoint.spec, request.activations
+    name = cast(Form, request.form)
     chosen = FORMS[name]
     ends, begin = token_ids(checkpoint)
     runtime = RuntimeConfig(
@@ -145,4 +146,4 @@ def lower(checkpoint: Checkpoint, directory: Path, activations: Activations, for
     return Lowered(len(decoder.linears), weights.size, _notes(checkpoint, activations, name))
 
 
-EXPORTER = Exporter(check=check, lower=lower, forms=tuple(FORMS))
+EXPORTER = Exporter(check=check, lower=lower, forms=tuple(FORMS), open=OnnxDecoder.open)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -101,6 +101,7 @@ def make_tiny(tmp_path: Path) -> Callable[..., Tiny]:
         symmetric: bool = True,
         embedding_bits: int | None = 8,
         embedding_symmetric: bool = True,
+        embedding_group_size: int | Literal["same"] | None = "same",
         name: str = "checkpoint",
         float_modules: tuple[str, ...] = (),
         module_bits: Mapping[str, int] | None = None,
@@ -126,7 +127,9 @@ def make_tiny(tmp_path: Path) -> Callable[..., Tiny]:
         quantized = {}
         for module, (width, even) in modules.items():
             weight = floats.pop(f"{module}.weight")
-            quantized[module] = round_to_nearest(weight, width, group_size, even)
+            outside = module in (spec.embedding, spec.head) and embedding_group_size != "same"
+            size = embedding_group_size if outside else group_size
+            quantized[module] = round_to_nearest(weight, width, size, even)  # type: ignore[arg-type]
         if spec.tied_embeddings:
             floats.pop("lm_head.weight", None)
         path = tmp_path / name

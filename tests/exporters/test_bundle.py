@@ -159,7 +159,7 @@ def test_runtime_settings_are_checked(bundle: Path) -> None:
 
 def test_usage_errors(make_tiny: MakeTiny, bundle: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
-    with pytest.raises(UsageError, match=r"unknown runtime 'onyx'.*Did you mean 'onnx'\? Known: onnx"):
+    with pytest.raises(UsageError, match=r"unknown runtime 'onyx'.*Did you mean 'onnx'\? Known: executorch, onnx"):
         export(checkpoint, "onyx", tmp_path / "new")
     with pytest.raises(UsageError, match="unknown activation type 'int4'"):
         export(checkpoint, "onnx", tmp_path / "new", activations="int4")  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""ExecuTorch: one checkpoint, the same codes in a .pte whose linears, norms and RoPE run in XNNPACK."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from boa_edge.files import write_json
+from boa_edge.progress import say, track
+from exporters.base import Decoder, Exporter, Lowered, Request
+from exporters.bundle import RUNTIME, SCHEMA_VERSION, Bundle, RuntimeConfig, token_ids
+from exporters.executorch.lowerable import check, lengths, schemes
+from toolchain.checkpoint import Checkpoint
+
+MODEL = "model.pte"
+LOWERING = "lowering.json"
+
+
+def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
+    """Write `model.pte`, `lowering.json` and `runtime.json`, and prove that the program loads and runs.
+
+    Raises:
+        BoaEdgeError: the checkpoint is broken, or the program fails a check.
+    """
+    # Here, since an export to another runtime should not wait for ExecuTorch's modules.
+    from exporters.executorch.constants import Constants
+    from exporters.executorch.decoder import DecoderProgram
+    from exporters.executorch.program import BACKEND, write_program
+    from exporters.executorch.segments import Segments
+    from exporters.executorch.verify import verify
+
+    spec = checkpoint.spec
+    bound = lengths(spec, request)
+    ends, begin = token_ids(checkpoint)
+    runtime = RuntimeConfig(
+        schema_version=SCHEMA_VERSION,
+        runtime="executorch",
+        model=MODEL,
+        form="llm",
+        activations="int8",
+        session_config={},
+        context_length=bound.context,
+        eos_token_ids=ends,
+        bos_token_id=begin,
+        vocab_size=spec.vocab_size,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        prefill_length=bound.prefill,
+    )
+    constants = Constants()
+    segments = Segments(checkpoint, constants)
+    operators: Counter[str] = Counter()
+    delegates, changed = [], False
+    for index in track(range(spec.layers + 1), "writing delegates"):
+        delegate = segments.build(index, bound.prefill)
+        changed = changed or (index == 0 and len(delegate.outputs) > 3)
+        operators += delegate.operators
+        delegates.append(delegate.serialize())
+    decoder = DecoderProgram(checkpoint, bound, changed)
+    say("writing the program")
+    written = write_program(decoder, delegates, constants, metadata(runtime), directory / MODEL)
+    size = (directory / MODEL).stat().st_size
+    verify(directory / MODEL, runtime, size)
+    write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
+    document = {
+        "schema_version": 1,
+        "backend": BACKEND,
+        "delegates": len(delegates),
+        "delegated": dict(sorted(operators.items())),
+        "outside": written.outside,
+        "quantized_linears": len(segments.linears),
+        "float_linears": sorted(segments.kept),
+    }
+    write_json(directory / LOWERING, document)
+    notes = (*_notes(checkpoint, segments.kept), _summary(document))
+    return Lowered(len(segments.linears), constants.size + decoder.table_bytes, notes)
+
+
+def metadata(runtime: RuntimeConfig) -> dict[str, Any]:
+    """The constant methods that ExecuTorch's own runner asks a program for."""
+    found: dict[str, Any] = {
+        "get_max_seq_len": runtime.prefill_length,
+        "get_max_context_len": runtime.context_length,
+        "get_vocab_size": runtime.vocab_size,
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": runtime.prefill_length != 1,
+    }
+    # Without them the runner takes the tokenizer's.
+    if runtime.bos_token_id is not None:
+        found["get_bos_id"] = runtime.bos_token_id
+    if runtime.eos_token_ids:
+        found["get_eos_ids"] = list(runtime.eos_token_ids)
+    return found
+
+
+def _notes(checkpoint: Checkpoint, kept: set[str]) -> list[str]:
+    notes = []
+    plan = checkpoint.activations
+    if plan is not None and plan.format.scheme != "per_token":
+        notes.append(
+            f"the checkpoint was made for activations {plan.format.scheme}; XNNPACK quantizes them per token, "
+            "so its figures differ from the recorded ones"
+        )
+    found = [("the linears", scheme.bits) for _, scheme in schemes(checkpoint)]
+    if checkpoint.is_quantized(checkpoint.spec.embedding):
+        found.append(("the embedding table", checkpoint.quantized(checkpoint.spec.embedding).bits))
+    notes += [
+        f"{bits}-bit codes of {what} are carried in 4 bits: the file is not smaller than at 4 bits"
+        for what, bits in dict.fromkeys(found)
+        if bits < 4
+    ]
+    if kept:
+        notes.append(
+            f"{len(kept)} linears keep float32 inputs: their weights stand dequantized, at eight times the size of "
+            "4-bit ones"
+        )
+    return notes
+
+
+def _summary(document: dict[str, Any]) -> str:
+    inside, outside = sum(document["delegated"].values()), sum(document["outside"].values())
+    attention = sum(count for name, count in document["outside"].items() if name.startswith("llama::"))
+    return (
+        f"{inside} operators run in {document['delegates']} XNNPACK delegates, {outside} outside of them, "
+        f"{attention} of these attention and its cache ({LOWERING} lists all)"
+    )
+
+
+def open_bundle(bundle: Bundle) -> Decoder:
+    """The bundle's program on the host. Raises what `ExecutorchDecoder.open` raises."""
+    from exporters.executorch.session import ExecutorchDecoder
+
+    return ExecutorchDecoder.open(bundle)
+
+
+EXPORTER = Exporter(check=check, lower=lower, forms=("llm",), open=open_bundle, lengths=True)
