@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,13 +17,14 @@ from typing import Literal
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import disk_errors
 from boa_edge.progress import say
-from devices import onnxruntime_library, tools
+from devices import executorch_library, onnxruntime_library, tools
 from devices.paths import RUNNER_SOURCES, cache_directory
+from devices.wheel import Wheel
 
 Target = Literal["host", "aarch64"]
 
 LOADER = "ld-linux-aarch64.so.1"
-# What libonnxruntime.so and the runner name as needed.
+# What the runtimes' libraries and the runners name as needed.
 _C_LIBRARY = (
     "libc.so.6",
     "libm.so.6",
@@ -32,8 +34,7 @@ _C_LIBRARY = (
     "libgcc_s.so.1",
     "libstdc++.so.6",
 )
-_FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-static-libstdc++", "-static-libgcc")
-_LINK = ("-ldl", "-Wl,-rpath,$ORIGIN")
+_FLAGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wl,-rpath,$ORIGIN")
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,30 @@ class Runner:
     Attributes:
         runtime: the `runtime` of a bundle's runtime.json.
         program: the name of the executable.
-        source: its main file in devices/runner; every header there counts as its source too.
+        sources: its files in devices/runner; every header there counts as its source too.
+        wheel: where the runtime's libraries come from.
+        flags: what it is compiled and linked with, given the directory of those libraries.
     """
 
     runtime: str
     program: str
-    source: str
+    sources: tuple[str, ...]
+    wheel: Wheel
+    flags: Callable[[Path], tuple[str, ...]]
 
 
-RUNNERS = {"onnx": Runner("onnx", "boa-edge-runner-onnx", "onnx_runner.cpp")}
+RUNNERS = {
+    "onnx": Runner(
+        "onnx", "boa-edge-runner-onnx", ("onnx_runner.cpp",), onnxruntime_library.WHEEL, onnxruntime_library.flags
+    ),
+    "executorch": Runner(
+        "executorch",
+        "boa-edge-runner-executorch",
+        ("executorch_runner.cpp", "llama_kernels.cpp"),
+        executorch_library.WHEEL,
+        executorch_library.flags,
+    ),
+}
 
 
 def runner_for(runtime: str) -> Runner:
@@ -61,35 +77,51 @@ def runner_for(runtime: str) -> Runner:
     return RUNNERS[runtime]
 
 
-def missing(target: Target) -> tuple[str, ...]:
-    """What a device of this target lacks here, in words; the runners themselves are built when they are first used."""
+def missing(target: Target, runtime: str | None = None) -> tuple[str, ...]:
+    """What a device of this target lacks here, in words; the runners themselves are built when they are first used.
+
+    Args:
+        target: which binaries the device runs.
+        runtime: the only one that counts; None for all.
+    """
     lacks = []
     compiler = tools.CROSS if target == "aarch64" else tools.HOST
     if tools.find(compiler) is None:
         lacks.append(f"{compiler.programs[0]} ({compiler.purpose}; Debian package {compiler.package})")
-    if target == "aarch64":
-        if onnxruntime_library.arm64_library() is None:
-            lacks.append(f"the ARM64 library of onnxruntime {onnxruntime_library.version()}")
-    elif onnxruntime_library.host_library() is None:
-        lacks.append(f"libonnxruntime.so in the installed onnxruntime {onnxruntime_library.version()}")
+    for runner in RUNNERS.values() if runtime is None else [runner_for(runtime)]:
+        wheel = runner.wheel
+        if _libraries(runner, target) is None:
+            what = "the ARM64" if target == "aarch64" else "the native"
+            lacks.append(
+                f"{what} {'libraries' if len(wheel.names) > 1 else 'library'} of {wheel.package} {wheel.version()}"
+            )
     return tuple(lacks)
 
 
 def files_for(runner: Runner, target: Target) -> dict[str, Path]:
     """Name on the device -> local file of everything a run needs besides the model; builds the runner where needed."""
-    library = onnxruntime_library.arm64_library() if target == "aarch64" else onnxruntime_library.host_library()
-    if library is None:
-        raise BoaEdgeError(f"ONNX Runtime's native library for {target} is missing", fix="Run `make setup`")
-    files = {runner.program: build(runner, target), "libonnxruntime.so": library}
+    files = {runner.program: build(runner, target), **_require_libraries(runner, target)}
     if target == "aarch64":
         files |= _c_library()
     return files
 
 
+def _libraries(runner: Runner, target: Target) -> dict[str, Path] | None:
+    return runner.wheel.arm64() if target == "aarch64" else runner.wheel.host()
+
+
+def _require_libraries(runner: Runner, target: Target) -> dict[str, Path]:
+    found = _libraries(runner, target)
+    if found is None:
+        raise BoaEdgeError(f"{runner.wheel.title}'s native libraries for {target} are missing", fix="Run `make setup`")
+    return found
+
+
 def build(runner: Runner, target: Target) -> Path:
     """Compile the runner unless these sources were already built by this compiler; the path of the program."""
     compiler = tools.require(tools.CROSS if target == "aarch64" else tools.HOST)
-    directory = cache_directory() / "runners" / f"{runner.runtime}-{target}-{_build_key(runner, compiler)}"
+    flags = (*_FLAGS, *runner.flags(next(iter(_require_libraries(runner, target).values())).parent))
+    directory = cache_directory() / "runners" / f"{runner.runtime}-{target}-{_build_key(runner, compiler, flags)}"
     program = directory / runner.program
     if program.is_file():
         return program
@@ -99,9 +131,9 @@ def build(runner: Runner, target: Target) -> Path:
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory.parent) as name:
         ready = Path(name) / "ready"
         ready.mkdir()
-        _compile(
-            [str(compiler), *_FLAGS, str(RUNNER_SOURCES / runner.source), "-o", str(ready / runner.program), *_LINK]
-        )
+        sources = [str(RUNNER_SOURCES / source) for source in runner.sources]
+        # Sources before flags: a linker takes from a library only what was asked for before it.
+        _compile([str(compiler), *sources, "-o", str(ready / runner.program), *flags])
         try:
             ready.rename(directory)
         except OSError:
@@ -110,11 +142,11 @@ def build(runner: Runner, target: Target) -> Path:
     return program
 
 
-def _build_key(runner: Runner, compiler: Path) -> str:
+def _build_key(runner: Runner, compiler: Path, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for part in (*_FLAGS, *_LINK, _output([str(compiler), "--version"])):
+    for part in (*flags, _output([str(compiler), "--version"])):
         digest.update(part.encode() + b"\0")
-    for source in [RUNNER_SOURCES / runner.source, *sorted(RUNNER_SOURCES.glob("*.h"))]:
+    for source in [*(RUNNER_SOURCES / name for name in runner.sources), *sorted(RUNNER_SOURCES.glob("*.h"))]:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -10,7 +10,8 @@ from typing import Any
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file
 
-_FORMS = ("qdq", "fused")
+# Of each runtime; the first is meant where a bundle names none.
+_FORMS = {"onnx": ("qdq", "fused"), "executorch": ("llm",)}
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,12 @@ class Program:
 
     Attributes:
         runtime: which runner executes it.
-        form: which inputs its graph takes: `qdq` or `fused`.
+        form: which inputs it takes: `qdq`, `fused` or `llm` (docs/contracts.md).
         model: name of the model's file; the others stand beside it.
         files: names of the files that must be on the device.
         session_config: settings for the runtime, as text.
-        context_length: the most positions that the model knows.
+        context_length: the most positions that the model, or its program's own cache, has.
+        prefill_length: the most tokens that one call takes; None where there is no limit but the context.
         vocab_size: token ids are below this.
     """
 
@@ -35,6 +37,7 @@ class Program:
     session_config: dict[str, str]
     context_length: int
     vocab_size: int
+    prefill_length: int | None = None
 
 
 def read_program(directory: Path) -> Program:
@@ -54,22 +57,32 @@ def read_program(directory: Path) -> Program:
     for key, value in config.items():
         if not isinstance(value, str) or not key or "=" in key:
             raise BoaEdgeError(f"'session_config' entry {key!r} = {value!r} must be text to text", where=where)
-    form = document.get("form", _FORMS[0])  # bundles from before there were two have none
-    if form not in _FORMS:
+    runtime = _field(document, "runtime", str, where)
+    forms = _FORMS.get(runtime)
+    if forms is None:
         known = " or ".join(_FORMS)
+        raise BoaEdgeError(f"'runtime' is {json.dumps(runtime)[:80]}; it must be {known}", where=where)
+    form = document.get("form", forms[0])  # bundles from before there were two have none
+    if form not in forms:
+        known = " or ".join(forms)
         raise BoaEdgeError(f"'form' is {json.dumps(form)[:80]}; it must be {known}", where=where, fix="Export it again")
+    limited = form == "llm"
+    if limited != (document.get("prefill_length") is not None):
+        takes = "needs a" if limited else "has no"
+        raise BoaEdgeError(f"the form {form} {takes} 'prefill_length'", where=where, fix="Export it again")
     data = f"{model}.data"
     files = (model, data) if (directory / data).is_file() else (model,)
     _check_manifest(directory, files)
     return Program(
         directory=directory,
-        runtime=_field(document, "runtime", str, where),
+        runtime=runtime,
         form=form,
         model=model,
         files=files,
         session_config=config,
         context_length=_positive(document, "context_length", where),
         vocab_size=_positive(document, "vocab_size", where),
+        prefill_length=_positive(document, "prefill_length", where) if limited else None,
     )
 
 

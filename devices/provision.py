@@ -1,6 +1,6 @@
 """Fetches and builds what the devices need: `python -m devices.provision` is a step of `make setup`.
 
-System packages, ONNX Runtime's ARM64 library, and the runners. Whatever is there already is left alone.
+System packages, the runtimes' ARM64 libraries, and the runners. Whatever is there already is left alone.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import sys
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
-from devices import binaries, onnxruntime_library, tools
+from devices import binaries, tools
 from devices.registry import list_devices
 
 
 def provision() -> None:
     """Bring every device of the package to `usable`. BoaEdgeError says what could not be had."""
     tools.provide(tools.SETUP_TOOLS)
-    onnxruntime_library.fetch_arm64_library()
     for runner in binaries.RUNNERS.values():
+        runner.wheel.fetch_arm64()
         binaries.build(runner, "host")
         binaries.build(runner, "aarch64")
     for status in list_devices():

@@ -1,6 +1,7 @@
 // The command line that every runner shares, checked completely before anything is loaded.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cstdint>
 #include <fstream>
@@ -17,12 +18,14 @@ struct Arguments {
     std::string model;
     std::string tokens;
     std::string mode;
-    std::string form = "qdq";
+    std::string form;
     std::string logits;
+    std::string profile;  // where to write an operator profile; empty for none
     int new_tokens = 0;
     int warmup = 0;
     int repeats = 1;
     int threads = 1;
+    int prefill = 0;  // the most tokens of one call; 0 where it is not given
     std::vector<std::pair<std::string, std::string>> config;
 };
 
@@ -37,9 +40,13 @@ inline int parse_int(const std::string& flag, const std::string& text, int low, 
     return value;
 }
 
-inline Arguments parse_arguments(int argc, char** argv) {
+// `forms`: those that the runner knows; the first is meant where none is given. `optional`: flags that not every runner
+// has, of --prefill and --profile.
+inline Arguments parse_arguments(int argc, char** argv, const std::vector<std::string>& forms,
+                                 const std::set<std::string>& optional = {}) {
     constexpr int kMany = 1 << 24;
     Arguments out;
+    out.form = forms.front();
     std::set<std::string> seen;
     for (int i = 1; i < argc; i += 2) {
         const std::string flag = argv[i];
@@ -53,8 +60,10 @@ inline Arguments parse_arguments(int argc, char** argv) {
         } else if (flag == "--mode") {
             out.mode = value;
         } else if (flag == "--form") {
-            if (value != "qdq" && value != "fused") {
-                throw std::invalid_argument("--form is '" + value + "'; it must be qdq or fused");
+            if (std::find(forms.begin(), forms.end(), value) == forms.end()) {
+                std::string known = forms.front();
+                for (std::size_t i = 1; i < forms.size(); ++i) known += " or " + forms[i];
+                throw std::invalid_argument("--form is '" + value + "'; it must be " + known);
             }
             out.form = value;
         } else if (flag == "--logits") {
@@ -67,6 +76,10 @@ inline Arguments parse_arguments(int argc, char** argv) {
             out.repeats = parse_int(flag, value, 1, kMany);
         } else if (flag == "--threads") {
             out.threads = parse_int(flag, value, 1, 1024);
+        } else if (flag == "--prefill" && optional.count(flag)) {
+            out.prefill = parse_int(flag, value, 1, kMany);
+        } else if (flag == "--profile" && optional.count(flag)) {
+            out.profile = value;
         } else if (flag == "--config") {
             const std::size_t equals = value.find('=');
             if (equals == std::string::npos || equals == 0) {

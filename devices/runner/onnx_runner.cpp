@@ -6,16 +6,15 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <memory>
-#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "events.h"
 #include "ort_abi.h"
+#include "run.h"
 
 namespace {
 
@@ -142,10 +141,11 @@ class Decoder {
         return fused_ ? logits : logits + (static_cast<std::int64_t>(count) - 1) * vocabulary_;
     }
 
-    // Run `tokens` as a sequence of their own; gives all logits [tokens, vocabulary], valid until the next call.
-    const float* score(const std::vector<std::int64_t>& tokens) {
+    // Run `tokens` as a sequence of their own, in one call.
+    template <typename Sink>
+    void score(const std::vector<std::int64_t>& tokens, const Sink& sink) {
         reset();
-        return run(tokens.data(), tokens.size(), true);
+        sink(run(tokens.data(), tokens.size(), true), tokens.size());
     }
 
   private:
@@ -279,60 +279,6 @@ class Decoder {
     std::int64_t past_length_ = 0;
 };
 
-// Index of the largest logit, the lowest one on ties.
-std::int64_t argmax(const float* logits, std::int64_t count) {
-    std::int64_t best = 0;
-    bool finite = true;
-    for (std::int64_t i = 0; i < count; ++i) {
-        finite = finite && std::isfinite(logits[i]);
-        if (logits[i] > logits[best]) best = i;
-    }
-    if (!finite) throw std::runtime_error("the logits hold values that are not finite");
-    return best;
-}
-
-void generate(Decoder& decoder, const Arguments& arguments, const std::vector<std::int64_t>& prompt) {
-    for (int run = 0; run < arguments.warmup + arguments.repeats; ++run) {
-        const bool warmup = run < arguments.warmup;
-        const std::int64_t index = run;  // counted runs follow the warm-ups
-        const auto send_token = [&](int i, std::int64_t id, std::int64_t ns) {
-            Event("token").add("run", index).add("warmup", warmup).add("i", i).add("id", id).add("ns", ns).send();
-        };
-        decoder.reset();
-        std::int64_t start = now_ns();
-        const float* logits = decoder.step(prompt.data(), prompt.size());
-        std::int64_t id = argmax(logits, decoder.vocabulary());
-        std::int64_t ns = now_ns() - start;
-        Event("prefill")
-            .add("run", index)
-            .add("warmup", warmup)
-            .add("tokens", static_cast<std::int64_t>(prompt.size()))
-            .add("ns", ns)
-            .send();
-        send_token(0, id, ns);
-        for (int i = 1; i < arguments.new_tokens; ++i) {
-            start = now_ns();
-            logits = decoder.step(&id, 1);
-            id = argmax(logits, decoder.vocabulary());
-            ns = now_ns() - start;
-            send_token(i, id, ns);
-        }
-    }
-}
-
-void score(Decoder& decoder, const Arguments& arguments, const std::vector<std::int64_t>& tokens) {
-    const std::int64_t start = now_ns();
-    const float* logits = decoder.score(tokens);
-    const std::int64_t ns = now_ns() - start;
-    const std::size_t count = tokens.size() * static_cast<std::size_t>(decoder.vocabulary());
-    std::FILE* file = std::fopen(arguments.logits.c_str(), "wb");
-    if (file == nullptr) throw std::runtime_error(arguments.logits + ": the logits file cannot be created");
-    const bool written = std::fwrite(logits, sizeof(float), count, file) == count;
-    const bool closed = std::fclose(file) == 0;
-    if (!written || !closed) throw std::runtime_error(arguments.logits + ": the logits cannot be written (disk full?)");
-    Event("score").add("tokens", static_cast<std::int64_t>(tokens.size())).add("ns", ns).send();
-}
-
 const char* open_library() {
     void* library = dlopen("libonnxruntime.so", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) throw std::runtime_error(std::string("ONNX Runtime cannot be loaded: ") + dlerror());
@@ -347,7 +293,7 @@ const char* open_library() {
 }
 
 void run(int argc, char** argv) {
-    const Arguments arguments = boa::parse_arguments(argc, argv);
+    const Arguments arguments = boa::parse_arguments(argc, argv, {"qdq", "fused"});
     const std::vector<std::int64_t> tokens = boa::read_tokens(arguments.tokens);
     const char* version = open_library();
     Event("start")
@@ -363,36 +309,12 @@ void run(int argc, char** argv) {
     const auto longest = static_cast<std::int64_t>(tokens.size()) + arguments.new_tokens;
     Decoder decoder(arguments, longest);
     Event("load").add("ns", now_ns() - start).send();
-    for (std::size_t i = 0; i < tokens.size(); ++i) {
-        if (tokens[i] < 0 || (decoder.vocabulary() > 0 && tokens[i] >= decoder.vocabulary())) {
-            throw std::runtime_error("token " + std::to_string(i) + " is " + std::to_string(tokens[i]) +
-                                     "; the vocabulary has " + std::to_string(decoder.vocabulary()) + " entries");
-        }
-    }
-    if (arguments.mode == "generate") {
-        generate(decoder, arguments, tokens);
-    } else {
-        score(decoder, arguments, tokens);
-    }
-    const std::optional<std::int64_t> resident = boa::status_bytes("VmRSS");
-    std::optional<std::int64_t> peak = boa::status_bytes("VmHWM");
-    if (peak && resident && *peak < *resident) peak = resident;  // the kernel sums them up at different moments
-    Event("memory").add("peak_rss_bytes", peak).add("rss_bytes", resident).send();
+    boa::work(decoder, arguments, tokens);
+    boa::send_memory();
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-    try {
-        run(argc, argv);
-        Event("end").add("rc", 0).send();
-        return 0;
-    } catch (const std::exception& error) {
-        try {
-            Event("error").add("message", std::string(error.what())).send();
-        } catch (const std::exception&) {
-            std::fprintf(stderr, "boa-edge-runner-onnx: %s\n", error.what());
-        }
-        return 1;
-    }
+    return boa::report("boa-edge-runner-onnx", [&] { run(argc, argv); });
 }

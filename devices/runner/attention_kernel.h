@@ -1,0 +1,234 @@
+// Attention over one key-value head, for one instruction set. There is no include guard: a source file includes this
+// once per instruction set, with these defined:
+//   BOA_NAMESPACE  where the functions go
+//   BOA_TARGET     the attribute that lets the compiler use the instructions; empty for the baseline
+//   BOA_LANES      floats in a vector register
+//   BOA_COLUMNS    vector registers per row of a block of results
+//
+// The vectors are the compiler's own, so that one text serves AVX2, SSE and NEON. Every function carries the attribute:
+// vectors are lowered before functions are inlined into one another.
+
+namespace boa::BOA_NAMESPACE {
+
+typedef float Lanes __attribute__((vector_size(BOA_LANES * sizeof(float))));
+typedef std::int32_t Bits __attribute__((vector_size(BOA_LANES * sizeof(std::int32_t))));
+
+BOA_TARGET inline Lanes load(const float* from) {
+    Lanes out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
+BOA_TARGET inline void store(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
+
+BOA_TARGET inline float sum(Lanes value) {
+    // Pairs that lie far apart first, so that the compiler halves the vector.
+    float parts[BOA_LANES];
+    std::memcpy(parts, &value, sizeof parts);
+    for (int width = BOA_LANES / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+    }
+    return parts[0];
+}
+
+// e^x for x <= 0 to about one unit in the last place; 0 below the smallest normal number.
+BOA_TARGET inline Lanes exponential(Lanes x) {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    constexpr float kLeast = -87.0f;
+    const Bits normal = x > kLeast;
+    const Lanes clamped = (Lanes)(((Bits)x & normal) | ((Bits)(Lanes{} + kLeast) & ~normal));
+    const Lanes shifted = clamped * 1.44269504f + kRound;
+    const Lanes whole = shifted - kRound;
+    Lanes r = clamped - whole * 0.693359375f;  // ln 2 in two parts, the first of few bits
+    r = r + whole * 2.12194440e-4f;
+    Lanes p = r * (1.0f / 5040) + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return (Lanes)(((Bits)p + ((Bits)shifted << 23)) & normal);
+}
+
+// c[R][C vectors] += a[R][depth] b[depth][C vectors]
+template <int R, int C>
+BOA_TARGET inline void block(const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* c,
+                             std::int64_t ldc, std::int64_t depth) {
+    Lanes sums[R][C];
+    for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < C; ++i) sums[r][i] = load(c + r * ldc + i * BOA_LANES);
+    }
+    for (std::int64_t k = 0; k < depth; ++k) {
+        Lanes row[C];
+        for (int i = 0; i < C; ++i) row[i] = load(b + k * ldb + i * BOA_LANES);
+        for (int r = 0; r < R; ++r) {
+            const float factor = a[r * lda + k];
+            for (int i = 0; i < C; ++i) sums[r][i] += factor * row[i];
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < C; ++i) store(c + r * ldc + i * BOA_LANES, sums[r][i]);
+    }
+}
+
+template <int R>
+BOA_TARGET inline void rows(const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* c,
+                            std::int64_t ldc, std::int64_t depth, std::int64_t columns) {
+    constexpr int kWide = BOA_COLUMNS * BOA_LANES;
+    std::int64_t at = 0;
+    for (; at + kWide <= columns; at += kWide) block<R, BOA_COLUMNS>(a, lda, b + at, ldb, c + at, ldc, depth);
+    for (; at + BOA_LANES <= columns; at += BOA_LANES) block<R, 1>(a, lda, b + at, ldb, c + at, ldc, depth);
+    for (; at < columns; ++at) {
+        for (int r = 0; r < R; ++r) {
+            float total = c[r * ldc + at];
+            for (std::int64_t k = 0; k < depth; ++k) total += a[r * lda + k] * b[k * ldb + at];
+            c[r * ldc + at] = total;
+        }
+    }
+}
+
+// c[count][columns] += a[count][depth] b[depth][columns]
+BOA_TARGET inline void multiply(const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* c,
+                                std::int64_t ldc, std::int64_t count, std::int64_t depth, std::int64_t columns) {
+    std::int64_t r = 0;
+    for (; r + 4 <= count; r += 4) rows<4>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth, columns);
+    a += r * lda;
+    c += r * ldc;
+    switch (count - r) {
+        case 3: return rows<3>(a, lda, b, ldb, c, ldc, depth, columns);
+        case 2: return rows<2>(a, lda, b, ldb, c, ldc, depth, columns);
+        case 1: return rows<1>(a, lda, b, ldb, c, ldc, depth, columns);
+        default: return;
+    }
+}
+
+// scores[R][count] = queries[R][depth] keys[count][depth]^T, each key read once
+template <int R>
+BOA_TARGET inline void dots(const float* queries, std::int64_t ldq, const float* keys, std::int64_t ldk, float* scores,
+                            std::int64_t lds, std::int64_t count, std::int64_t depth) {
+    for (std::int64_t j = 0; j < count; ++j) {
+        const float* key = keys + j * ldk;
+        Lanes sums[R] = {};
+        std::int64_t d = 0;
+        for (; d + BOA_LANES <= depth; d += BOA_LANES) {
+            const Lanes part = load(key + d);
+            for (int r = 0; r < R; ++r) sums[r] += part * load(queries + r * ldq + d);
+        }
+        for (int r = 0; r < R; ++r) {
+            float total = sum(sums[r]);
+            for (std::int64_t rest = d; rest < depth; ++rest) total += key[rest] * queries[r * ldq + rest];
+            scores[r * lds + j] = total;
+        }
+    }
+}
+
+BOA_TARGET inline void score_few(const float* queries, const float* keys, std::int64_t ldk, float* scores,
+                                 std::int64_t count, std::int64_t key_count, std::int64_t depth) {
+    std::int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+        dots<4>(queries + r * depth, depth, keys, ldk, scores + r * kTile, kTile, key_count, depth);
+    }
+    queries += r * depth;
+    scores += r * kTile;
+    switch (count - r) {
+        case 3: return dots<3>(queries, depth, keys, ldk, scores, kTile, key_count, depth);
+        case 2: return dots<2>(queries, depth, keys, ldk, scores, kTile, key_count, depth);
+        case 1: return dots<1>(queries, depth, keys, ldk, scores, kTile, key_count, depth);
+        default: return;
+    }
+}
+
+// Many rows share a tile of keys, so transposing it first pays: the vectors then run over the keys.
+BOA_TARGET inline void score_many(const float* queries, const float* keys, std::int64_t ldk, float* transposed,
+                                  float* scores, std::int64_t count, std::int64_t key_count, std::int64_t depth) {
+    for (std::int64_t j = 0; j < key_count; ++j) {
+        for (std::int64_t d = 0; d < depth; ++d) transposed[d * kTile + j] = keys[j * ldk + d];
+    }
+    for (std::int64_t j = key_count; j < kTile; ++j) {
+        for (std::int64_t d = 0; d < depth; ++d) transposed[d * kTile + j] = 0.0f;
+    }
+    std::fill(scores, scores + count * kTile, 0.0f);
+    multiply(queries, depth, transposed, kTile, scores, kTile, count, depth, kTile);
+}
+
+// One row of a tile: scores become weights relative to the row's largest score so far. Gives the factor by which what
+// was summed up before has to shrink.
+BOA_TARGET inline float weigh(float* scores, std::int64_t key_count, float* largest, float* total) {
+    const float none = -std::numeric_limits<float>::infinity();
+    const std::int64_t padded = (key_count + BOA_LANES - 1) / BOA_LANES * BOA_LANES;
+    for (std::int64_t j = key_count; j < padded; ++j) scores[j] = none;
+    Lanes most = load(scores);
+    for (std::int64_t j = BOA_LANES; j < padded; j += BOA_LANES) {
+        const Lanes next = load(scores + j);
+        const Bits larger = next > most;
+        most = (Lanes)(((Bits)next & larger) | ((Bits)most & ~larger));
+    }
+    float now = *largest;
+    for (int i = 0; i < BOA_LANES; ++i) now = most[i] > now ? most[i] : now;
+    if (now == none) {  // nothing seen yet that may be attended to
+        std::fill(scores, scores + padded, 0.0f);
+        return 1.0f;
+    }
+    Lanes sums = {};
+    for (std::int64_t j = 0; j < padded; j += BOA_LANES) {
+        const Lanes weights = exponential(load(scores + j) - now);
+        store(scores + j, weights);
+        sums += weights;
+    }
+    const float shrink = *largest == none ? 0.0f : std::exp(*largest - now);
+    *total = *total * shrink + sum(sums);
+    *largest = now;
+    return shrink;
+}
+
+// The rows are the query heads that share `kv_head`, for each of the queries [first, last).
+BOA_TARGET inline void attend(const Attention& a, std::int64_t kv_head, std::int64_t first, std::int64_t last,
+                              Scratch& scratch) {
+    const std::int64_t group = a.heads / a.kv_heads;
+    const std::int64_t count = (last - first) * group;
+    const std::int64_t depth = a.head_size;
+    const std::int64_t stride = a.kv_heads * depth;
+    const std::int64_t key_count = a.causal ? a.start + last : a.keys;
+    scratch.resize(count, depth);
+    float* queries = scratch.queries.data();
+    float* scores = scratch.scores.data();
+    float* sums = scratch.sums.data();
+    for (std::int64_t r = 0; r < count; ++r) {
+        const float* query = a.query + ((first + r / group) * a.heads + kv_head * group + r % group) * depth;
+        for (std::int64_t d = 0; d < depth; ++d) queries[r * depth + d] = query[d] * a.scale;
+    }
+    for (std::int64_t tile = 0; tile < key_count; tile += kTile) {
+        const std::int64_t here = std::min(kTile, key_count - tile);
+        const float* keys = a.key + tile * stride + kv_head * depth;
+        const float* values = a.value + tile * stride + kv_head * depth;
+        if (count < kManyRows) {
+            score_few(queries, keys, stride, scores, count, here, depth);
+        } else {
+            score_many(queries, keys, stride, scratch.transposed.data(), scores, count, here, depth);
+        }
+        for (std::int64_t r = 0; r < count; ++r) {
+            const std::int64_t query = first + r / group;
+            float* row = scores + r * kTile;
+            if (a.mask != nullptr) {
+                for (std::int64_t j = 0; j < here; ++j) row[j] += a.mask[query * a.keys + tile + j];
+            }
+            if (a.causal) {
+                const std::int64_t seen = std::max<std::int64_t>(a.start + query + 1 - tile, 0);
+                for (std::int64_t j = seen; j < here; ++j) row[j] = -std::numeric_limits<float>::infinity();
+            }
+            const float shrink = weigh(row, here, &scratch.largest[r], &scratch.totals[r]);
+            if (shrink != 1.0f) {
+                for (std::int64_t d = 0; d < depth; ++d) sums[r * depth + d] *= shrink;
+            }
+        }
+        multiply(scores, kTile, values, stride, sums, depth, count, here, depth);
+    }
+    for (std::int64_t r = 0; r < count; ++r) {
+        float* out = a.out + ((first + r / group) * a.heads + kv_head * group + r % group) * depth;
+        const float scale = scratch.totals[r] > 0 ? 1 / scratch.totals[r] : 0.0f;  // 0 where everything is masked
+        for (std::int64_t d = 0; d < depth; ++d) out[d] = sums[r * depth + d] * scale;
+    }
+}
+
+}  // namespace boa::BOA_NAMESPACE
