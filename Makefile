@@ -25,7 +25,7 @@ setup: ## .venv, system packages, the ARM64 library and the runners; a second ru
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" scripts/setup.py
 
-export: setup ## quantize, lower, run on DEVICE (default arm64) and report; MODEL, RECIPE, RUNTIME, OUT, CALIBRATION
+export: setup ## quantize, lower, run on DEVICE (default arm64) and report; MODEL, RECIPE, RUNTIME (onnx, executorch, all), OUT, CALIBRATION
 	@$(BIN)/boa-edge run --model "$$MODEL" --device "$$DEVICE" --runtime "$$RUNTIME" \
 		$${RECIPE:+--recipe "$$RECIPE"} $${OUT:+--out "$$OUT"} $${CALIBRATION:+--calibration "$$CALIBRATION"}
 

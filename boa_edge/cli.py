@@ -139,7 +139,9 @@ def export(
 
 @app.command()
 def measure(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")],
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="A bundle directory; several of one model side by side.")
+    ],
     output: OutputOption,
     device: DeviceOption = "arm64",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default 1).")] = None,
@@ -149,9 +151,8 @@ def measure(
     score_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to score for the accuracy figures.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Run a bundle on a device: report.json and report.html."""
-    from runtime_tests import measure as stage
-    from runtime_tests import print_summary
+    """Run a bundle on a device: report.json, report.html and report.md."""
+    from runtime_tests import Wishes, measure_together, print_summary
 
     quiet_transformers()
     chosen = {
@@ -162,9 +163,10 @@ def measure(
         "score_tokens": score_tokens,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
-    report = stage(bundle, device, output, overwrite=overwrite, **given)
-    print_summary(report)
-    _finish(report.summary())
+    reports = measure_together(bundles, device, output, Wishes(**given), overwrite=overwrite)
+    for report in reports:
+        print_summary(report)
+    _finish(reports[0].summary())
 
 
 @app.command()
@@ -261,7 +263,7 @@ def run(
     ] = None,
     model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
     recipe: RecipeOption = "w4g32a8-edge-smooth",
-    runtime: RuntimeOption = "onnx",
+    runtime: Annotated[str, typer.Option("--runtime", help="As for `export`, or all: one report on both.")] = "onnx",
     device: DeviceOption = "arm64",
     calibration: CalibrationOption = None,
     compare: CompareOption = "rtn,gptq",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export
 from exporters.base import Activations
-from runtime_tests import measure, print_summary
+from runtime_tests import Wishes, measure_together, print_summary
 from toolchain.quantize import quantize
 from toolchain.recipe import load_recipe
+
+ALL = "all"
+"""In place of a runtime: a bundle for each, from one checkpoint, in one report."""
+
+_FIRST = "onnx"  # whose report the others stand in
 
 
 def run_all(
@@ -34,11 +40,7 @@ def run_all(
 ) -> dict[str, Any]:
     """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work."""
     chosen = load_recipe(recipe)
-    if runtime not in EXPORTERS:
-        raise UsageError(f"unknown runtime {runtime!r}", where="--runtime", fix=f"Accepted: {', '.join(EXPORTERS)}")
-    forms = EXPORTERS[runtime].forms
-    if form is not None and form not in forms:
-        raise UsageError(f"{runtime} has no form {form!r}", where="--form", fix=f"Accepted: {', '.join(forms)}")
+    runtimes = _runtimes(runtime, form)
     open_device(device)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def run_all(
         "compare": compare,
         "version": __version__,
     }
-    checkpoint, bundle, report = output / "checkpoint", output / "bundle", output / "report"
+    checkpoint, report = output / "checkpoint", output / "report"
     _stage(
         output,
         checkpoint,
@@ -58,18 +60,41 @@ def run_all(
             model, checkpoint, recipe=chosen, calibration=calibration, compare=compare, overwrite=True
         ).as_dict(),
     )
-    exporting = {**quantizing, "runtime": runtime, "activations": activations, "form": form}
-    _stage(
-        output,
-        bundle,
-        exporting,
-        lambda: export(checkpoint, runtime, bundle, activations=activations, form=form, overwrite=True).as_dict(),
-    )
+    bundles = [output / (name if name == "bundle" else f"bundle-{name}") for name in runtimes]
+    for bundle, (name, shape) in zip(bundles, runtimes.values(), strict=True):
+        exporting = {**quantizing, "runtime": name, "activations": activations, "form": shape}
+        _stage(
+            output,
+            bundle,
+            exporting,
+            partial(_export, checkpoint, name, bundle, activations=activations, form=shape),
+        )
     # Measurements are made anew each time: the device is not part of the request.
-    result = measure(bundle, device, report, overwrite=True)
-    print_summary(result)
+    results = measure_together(bundles, device, report, Wishes(), overwrite=True)
+    for result in results:
+        print_summary(result)
     say(f"report: {report / 'report.html'}")
-    return {"output": str(output), "checkpoint": str(checkpoint), "bundle": str(bundle), **result.summary()}
+    made = {"bundle": str(bundles[0])} if len(bundles) == 1 else {"bundles": [str(bundle) for bundle in bundles]}
+    return {"output": str(output), "checkpoint": str(checkpoint), **made, **results[0].summary()}
+
+
+def _runtimes(runtime: str, form: str | None) -> dict[str, tuple[str, str | None]]:
+    """What is to be exported: name of the bundle -> runtime and form. UsageError where there is no such thing."""
+    if runtime == ALL:
+        if form is not None:
+            raise UsageError(f"{form!r} is a form of one runtime", where="--form", fix=f"Leave it out with {ALL}")
+        return {name: (name, None) for name in sorted(EXPORTERS, key=lambda name: (name != _FIRST, name))}
+    if runtime not in EXPORTERS:
+        accepted = ", ".join((*sorted(EXPORTERS), ALL))
+        raise UsageError(f"unknown runtime {runtime!r}", where="--runtime", fix=f"Accepted: {accepted}")
+    forms = EXPORTERS[runtime].forms
+    if form is not None and form not in forms:
+        raise UsageError(f"{runtime} has no form {form!r}", where="--form", fix=f"Accepted: {', '.join(forms)}")
+    return {"bundle": (runtime, form)}
+
+
+def _export(checkpoint: Path, runtime: str, bundle: Path, **choices: Any) -> dict[str, Any]:
+    return export(checkpoint, runtime, bundle, overwrite=True, **choices).as_dict()
 
 
 def _identity(name: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Measure a bundle on a device and write the report."""
+"""Measure bundles on a device and write the report."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from runtime_tests.labels import visible
 from runtime_tests.metrics import Logits
 from runtime_tests.model import DeviceFacts, Report, Settings, Tool
 from runtime_tests.origin import quantization
-from runtime_tests.report import render
+from runtime_tests.reading import REPORT
+from runtime_tests.report import render, to_markdown
 from runtime_tests.reproduce import commands
 from runtime_tests.settings import settle
 from runtime_tests.speed import memory, samples, speed
 from runtime_tests.text import load_decoder
+from runtime_tests.variants import check_comparable, variant, variant_names
 
 
 def measure(
@@ -42,7 +45,7 @@ def measure(
     score_tokens: int | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Run `bundle` on `device`, compare it with what PyTorch answered, and write `report.json` and `report.html`.
+    """Run `bundle` on `device`, compare it with what PyTorch answered, and write `report.json`, `.html` and `.md`.
 
     Args:
         bundle: a bundle directory; it is verified first.
@@ -59,22 +62,51 @@ def measure(
         BoaEdgeError: the bundle is damaged, the device is not usable, or a run on it failed.
         UsageError: a setting is out of range, or `output` exists.
     """
+    chosen = Wishes(threads, warmup, repeats, new_tokens, score_tokens)
+    return measure_together([bundle], device, output, chosen, overwrite=overwrite)[0]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Settings as they were asked for; see `measure`."""
+
+    threads: int = 1
+    warmup: int | None = None
+    repeats: int | None = None
+    new_tokens: int = 32
+    score_tokens: int | None = None
+
+
+def measure_together(
+    bundles: Sequence[Path], device: str | Device, output: Path, wishes: Wishes, *, overwrite: bool = False
+) -> tuple[Report, ...]:
+    """Measure several bundles of one model on one device, one after the other.
+
+    Of a single bundle, as `measure`. Of several, `output` holds the first's report, in which all stand side by side,
+    and the others' whole reports in directories of their names.
+
+    Raises:
+        BoaEdgeError, UsageError: as `measure`; also bundles that do not answer the same questions.
+    """
     with output_directory(output, overwrite=overwrite) as directory:
-        facts = open_bundle(bundle)
+        facts = [open_bundle(bundle) for bundle in bundles]
+        check_comparable(facts)
         opened = devices.open_device(device) if isinstance(device, str) else device
-        settings = settle(
-            facts,
-            opened.execution,
-            threads=threads,
-            warmup=warmup,
-            repeats=repeats,
-            new_tokens=new_tokens,
-            score_tokens=score_tokens,
-        )
-        report = _measure(facts, opened, settings)
-        write_json(directory / "report.json", report.as_dict())
-        write_text(directory / "report.html", render(report))
-    return report
+        settings = [settle(one, opened.execution, **asdict(wishes)) for one in facts]
+        reports = [_measure(*one, opened) for one in zip(facts, settings, strict=True)]
+        names = variant_names([report.deployed for report in reports])
+        places = [name.replace(" ", "-").replace("/", "-") for name in names]
+        if len(reports) > 1:
+            links = [None, *(f"{place}/report.html" for place in places[1:])]
+            variants = tuple(map(variant, reports, names, links))
+            reports[0] = reports[0].model_copy(update={"variants": variants})
+        for index, report in enumerate(reports):
+            place = directory / places[index] if index else directory
+            place.mkdir(exist_ok=True)
+            write_json(place / REPORT, report.as_dict())
+            write_text(place / "report.html", render(report))
+            write_text(place / "report.md", to_markdown(report))
+    return tuple(reports)
 
 
 class _Session:
@@ -119,7 +151,7 @@ class _Session:
         return result
 
 
-def _measure(facts: BundleFacts, device: Device, settings: Settings) -> Report:
+def _measure(facts: BundleFacts, settings: Settings, device: Device) -> Report:
     session = _Session(facts, device, settings)
     execution = device.execution
     decode = load_decoder(facts.path)

@@ -304,6 +304,31 @@ class Quantization(Frozen):
     outliers: OutlierFacts | None = None
 
 
+class Variant(Frozen):
+    """One of several bundles of the same model that were measured together: one device, text, prompt and settings.
+
+    Attributes:
+        name: unique among them, e.g. `onnx fused`.
+        report: its own report, relative to this one; absent for the bundle that this report is about.
+    """
+
+    name: str
+    recipe_name: str | None = None
+    runtime: str
+    form: str | None = None
+    activations: str
+    report: str | None = None
+    runtime_size: Figure
+    perplexity: Figure
+    kl_from_original: Figure | None = None
+    kl_from_quantized: Figure | None = None
+    top1_with_original: Figure | None = None
+    load_time: Figure
+    prefill_speed: Figure
+    decode_speed: Figure
+    peak_rss: Figure
+
+
 class Report(Frozen):
     """A measured bundle. `as_dict` is `report.json`."""
 
@@ -319,6 +344,7 @@ class Report(Frozen):
     memory: Memory
     samples: Samples
     quantization: Quantization
+    variants: tuple[Variant, ...] = ()
     reproduce: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -354,9 +380,22 @@ class Report(Frozen):
             "execution": self.device.execution,
             "workload": self.settings.workload,
             "greedy_matching": {"matching": match.matching, "compared": match.compared},
+            **self._others(),
             **{
                 name: entry.model_dump(mode="json", exclude={"note"}, exclude_none=True)
                 for name, entry in figures.items()
                 if entry is not None
             },
+        }
+
+    def _others(self) -> dict[str, Any]:
+        """The variants' figures by name, where there are several."""
+        if not self.variants:
+            return {}
+        names = ("runtime_size", "kl_from_original", "perplexity", "prefill_speed", "decode_speed", "peak_rss")
+        return {
+            "variants": {
+                one.name: {name: found.value for name in names if (found := getattr(one, name)) is not None}
+                for one in self.variants
+            }
         }

@@ -20,7 +20,7 @@ def print_summary(report: Report, console: Console | None = None) -> None:
 
 def summary_table(report: Report) -> Table:
     """The main figures: what, value, how, n."""
-    deployed, scores, execution = report.deployed, report.fidelity.deployed, report.device.execution
+    deployed, execution = report.deployed, report.device.execution
     match = report.generation.against_quantized
     title = f"{deployed.model or 'model'} · {deployed.recipe_name or 'recipe not recorded'} · {report.device.name}"
     table = Table(title=Text(visible(title)), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
@@ -28,7 +28,19 @@ def summary_table(report: Report) -> Table:
     table.add_column("value", justify="right")
     table.add_column("how")
     table.add_column("n", justify="right")
-    rows: list[tuple[str, Figure | None]] = [
+    for name, entry in main_figures(report):
+        count = "" if entry is None or entry.n is None else str(entry.n)
+        table.add_row(name, show(entry), entry.execution if entry else "", count)
+    table.add_row("Greedy tokens as the quantized", f"{match.matching}/{match.compared}", execution, "")
+    if execution == "emulated":
+        table.caption = Text("emulated time says nothing about the speed of a phone")
+    return table
+
+
+def main_figures(report: Report) -> list[tuple[str, Figure | None]]:
+    """What a reader wants to know first, in words, in order."""
+    deployed, scores, execution = report.deployed, report.fidelity.deployed, report.device.execution
+    return [
         ("Size on the device", deployed.runtime_size),
         ("Perplexity, original", report.fidelity.original.perplexity),
         ("Perplexity, quantized in PyTorch", report.fidelity.quantized.perplexity),
@@ -41,10 +53,3 @@ def summary_table(report: Report) -> Table:
         *((label(name, execution), getattr(report.speed, name)) for name in type(report.speed).model_fields),
         (label("peak_rss", execution), report.memory.peak_rss),
     ]
-    for name, entry in rows:
-        count = "" if entry is None or entry.n is None else str(entry.n)
-        table.add_row(name, show(entry), entry.execution if entry else "", count)
-    table.add_row("Greedy tokens as the quantized", f"{match.matching}/{match.compared}", execution, "")
-    if execution == "emulated":
-        table.caption = Text("emulated time says nothing about the speed of a phone")
-    return table

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from runtime_tests.labels import method_name, number, short, show, show_bytes, visible
-from runtime_tests.model import LayerError, MethodRow, Report
+from devices.contract import Execution
+from runtime_tests.labels import label, method_name, number, short, show, show_bytes, visible
+from runtime_tests.model import LayerError, MethodRow, Report, Variant
 from runtime_tests.report.layers import LayerGrid, grid
 from runtime_tests.report.svg import INK, MUTED, SERIES, SURFACE, draw
 
@@ -57,6 +58,57 @@ def size_against_kl(rows: Sequence[MethodRow]) -> Markup | None:
 
     listed = "; ".join(f"{method_name(row.method)} {show(row.payload_size)}, {show(row.kl)}" for row, _, _ in known)
     return draw("size-kl", 250, f"Size against KL divergence. {visible(listed)}.", paint)
+
+
+def kl_against_speed(variants: Sequence[Variant], execution: Execution) -> Markup | None:
+    """A point a bundle: decode speed across, KL from the original up, its area the bundle's size."""
+    points = [
+        (one, one.decode_speed.number, one.kl_from_original.number, one.runtime_size.number)
+        for one in variants
+        if one.kl_from_original is not None
+    ]
+    known = [
+        (one, speed, kl, size)
+        for one, speed, kl, size in points
+        if speed is not None and kl is not None and size is not None
+    ]
+    if not known:
+        return None
+
+    def paint(drawing: Drawing) -> None:
+        axes = drawing.add_subplot()
+        axes.set_ylim(0, max(kl for _, _, kl, _ in known) * 1.25 or 1)
+        axes.set_xlim(0, max(speed for _, speed, _, _ in known) * 1.2 or 1)
+        largest = max(size for *_, size in known)
+        for index, (_, speed, kl, size) in enumerate(known):
+            colour = SERIES[index % len(SERIES)]
+            axes.scatter([speed], [kl], s=40 + 200 * size / largest, color=colour, alpha=0.85, edgecolors=SURFACE)
+        axes.xaxis.set_major_locator(MaxNLocator(5, prune="lower"))  # the other axis has that 0
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(f"{label('decode_speed', execution).lower()}, tokens/s")
+        axes.set_ylabel("KL from the original, nats/token")
+        drawing.draw_without_rendering()
+        places = sorted(
+            ((*axes.transData.transform((speed, kl)), *point) for point in known for _, speed, kl, _ in [point]),
+            key=lambda place: place[1],
+        )
+        low, high = axes.transAxes.transform([(0, 0), (1, 1)])
+        levels = _spread([y for _, y, *_ in places], low[1] + 6, high[1] - 4)
+        for (x, y, one, speed, kl, size), level in zip(places, levels, strict=True):
+            right = x < (low[0] + high[0]) / 2
+            axes.annotate(
+                short(f"{one.name}, {show_bytes(size)}", 28),
+                (speed, kl),
+                xytext=(11 if right else -11, level - y),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                va="center",
+                fontsize=10.5,
+                annotation_clip=False,
+            )
+
+    listed = "; ".join(f"{one.name} {show(one.decode_speed)}, {show(one.kl_from_original)}" for one, *_ in known)
+    return draw("kl-speed", 250, f"KL divergence against decode speed. {visible(listed)}.", paint)
 
 
 def _label_points(drawing: Drawing, axes: Any, points: Sequence[tuple[MethodRow, float, float]]) -> None:

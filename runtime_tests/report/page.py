@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from runtime_tests.labels import SCHEMES, label, method_name, number, show, show_bytes, show_value, visible
 from runtime_tests.model import Continuation, Report
-from runtime_tests.report.charts import layer_strip, size_against_kl, token_times
+from runtime_tests.report.charts import kl_against_speed, layer_strip, size_against_kl, token_times
 from runtime_tests.report.layers import grid
 from runtime_tests.report.outliers import changed, outlier_chart, worst
 
@@ -50,6 +50,7 @@ def render(report: Report) -> str:
         report=report,
         style=Markup((_DIRECTORY / "report.css").read_text(encoding="utf-8")),
         charts={
+            "variants": kl_against_speed(report.variants, report.device.execution),
             "methods": size_against_kl(report.quantization.comparison),
             "layers": layer_strip(report.quantization.layers),
             "tokens": token_times(report),

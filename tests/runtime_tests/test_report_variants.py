@@ -1,0 +1,88 @@
+"""Several bundles of one model in one report, and the report in Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from report_browser import find_chromium, measure_page
+from report_fakes import HOSTILE, make_bundle, make_device, provenance, reference_tensors
+
+from boa_edge.errors import UsageError
+from runtime_tests import Report, Wishes, measure_together
+from runtime_tests.reading import read_report
+from runtime_tests.report import to_markdown
+from runtime_tests.schema import published_schema
+from runtime_tests.variants import variant_names
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[Report, ...], Path]:
+    directory = tmp_path_factory.mktemp("together")
+    bundles = [make_bundle(directory / name, origin=provenance(), activations=name) for name in ("int8", "float32")]
+    return measure_together(bundles, make_device(), directory / "report", Wishes()), directory / "report"
+
+
+def test_each_has_a_whole_report_and_the_first_holds_all(together: tuple[tuple[Report, ...], Path]) -> None:
+    reports, directory = together
+    assert [one.name for one in reports[0].variants] == ["onnx int8", "onnx float32"]
+    assert [one.activations for one in reports[0].variants] == ["int8", "float32"]
+    assert not reports[1].variants
+    assert read_report(directory) == reports[0]
+    assert read_report(directory / "onnx-float32") == reports[1]
+    jsonschema.validate(json.loads((directory / "report.json").read_text()), published_schema())
+    for one, report in zip(reports[0].variants, reports, strict=True):
+        assert one.kl_from_original == report.fidelity.deployed.kl_from_original
+        assert one.decode_speed == report.speed.decode_speed
+        assert one.runtime_size == report.deployed.runtime_size
+    link = reports[0].variants[1].report
+    assert link is not None
+    assert (directory / link).is_file()
+    assert f'href="{link}"' in (directory / "report.html").read_text()
+    assert set(reports[0].summary()["variants"]) == {"onnx int8", "onnx float32"}
+    assert "variants" not in reports[1].summary()
+
+
+def test_other_questions_are_not_put_side_by_side(tmp_path: Path) -> None:
+    tensors = reference_tensors()
+    tensors["tokens"] = np.roll(tensors["tokens"], 1)
+    bundles = [make_bundle(tmp_path / "a"), make_bundle(tmp_path / "b", tensors=tensors)]
+    with pytest.raises(UsageError, match="another reference"):
+        measure_together(bundles, make_device(), tmp_path / "report", Wishes())
+    assert not (tmp_path / "report").exists()
+
+
+def test_names_say_no_more_than_it_takes(together: tuple[tuple[Report, ...], Path]) -> None:
+    first = together[0][0].deployed
+    other = first.model_copy(update={"runtime": "executorch"})
+    assert variant_names([first, other]) == ("onnx", "executorch")
+    assert variant_names([first, first]) == ("onnx 1", "onnx 2")
+
+
+def test_markdown_is_a_table_that_nothing_in_it_can_break(together: tuple[tuple[Report, ...], Path]) -> None:
+    reports, directory = together
+    report = reports[0].model_copy(
+        update={"deployed": reports[0].deployed.model_copy(update={"model": f"{HOSTILE}|@nobody#1"})}
+    )
+    text = to_markdown(report)
+    assert (directory / "report.md").read_text().splitlines()[0].startswith("### ")
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") in (4, 8)
+    assert "<script>" not in text
+    assert "\u202e" not in text
+    assert "|@nobody" not in text
+    assert "emulated" in text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_fits(together: tuple[tuple[Report, ...], Path], width: int) -> None:
+    if not find_chromium():
+        pytest.skip("Chromium is not installed")
+    page = measure_page(together[1] / "report.html", width)
+    assert page.scroll <= width
+    assert page.clipped == page.requests == page.labels == page.touching == []
