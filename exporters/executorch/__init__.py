@@ -60,7 +60,9 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         delegates.append(delegate.serialize())
     decoder = DecoderProgram(checkpoint, bound, changed)
     say("writing the program")
-    written = write_program(decoder, delegates, constants, metadata(runtime), directory / MODEL)
+    written = write_program(
+        decoder, decoder.example(), decoder.sizes(), delegates, constants, directory / MODEL, metadata(runtime)
+    )
     size = (directory / MODEL).stat().st_size
     verify(directory / MODEL, runtime, size)
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))

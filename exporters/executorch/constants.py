@@ -14,9 +14,9 @@ _ALIGNMENT = 16
 class Constants:
     """Named bytes of a whole program.
 
-    A name is a hash of everything that a kernel makes of the bytes, never of the bytes alone. The runtime keeps packed
-    weights under the names of codes and bias, for all programs of a process: ExecuTorch's own lowering names codes by
-    the codes, and of two linears with equal codes and different scales the second computes with the first one's scales.
+    A name is a hash of everything that goes into a packed weight but the bias, never of the codes alone: the runtime
+    keeps packed weights under the names of codes and bias. ExecuTorch 1.5.1's own lowering names codes by the codes, and
+    of two linears with equal codes and different scales the second computes with the first one's scales (measured).
 
     Attributes:
         size: bytes of all of them.

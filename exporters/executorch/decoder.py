@@ -9,27 +9,13 @@ import torch.ao.quantization.fx._decomposed  # (registers torch.ops.quantized_de
 from executorch.exir.passes import _quant_patterns_and_replacements  # noqa: F401 (its embeddings)
 from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 (registers torch.ops.llama)
 from torch import Tensor, nn
+from torch.export import Dim
 
 from exporters.executorch.lowerable import Lengths
+from exporters.executorch.placeholder import placeholder
 from toolchain.checkpoint import Checkpoint
 from toolchain.families import AttentionSpec, DecoderSpec
 from toolchain.quantized import QuantizedWeight
-
-PLACEHOLDER = "boa_edge::xnnpack"
-"""Stands for a delegate until the program is lowered: `segment` is its number, `heads` and `widths` tell the outputs
-[1, S, heads, width], or [1, S, width] where heads is 0."""
-
-_library = torch.library.Library("boa_edge", "DEF")
-_library.define("xnnpack(Tensor[] inputs, int segment, int[] heads, int[] widths) -> Tensor[]")
-
-
-@torch.library.register_fake(PLACEHOLDER, lib=_library)
-def _shapes(inputs: list[Tensor], segment: int, heads: list[int], widths: list[int]) -> list[Tensor]:
-    x = inputs[0]
-    return [
-        x.new_empty((1, x.shape[1], count, width) if count else (1, x.shape[1], width))
-        for count, width in zip(heads, widths, strict=True)
-    ]
 
 
 class DecoderProgram(nn.Module):
@@ -66,6 +52,16 @@ class DecoderProgram(nn.Module):
         held = [*self.embedding.parameters(), *self.embedding.buffers()]
         return sum(each.numel() * each.element_size() for each in held)
 
+    def example(self) -> tuple[Tensor, Tensor]:
+        """Inputs of the largest size."""
+        return torch.zeros(1, self.lengths.prefill, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+    def sizes(self) -> dict[str, Any] | None:
+        """Which of their sizes may be smaller, for torch.export."""
+        if self.lengths.prefill == 1:
+            return None
+        return {"tokens": {1: Dim("tokens", min=1, max=self.lengths.prefill)}, "input_pos": None}
+
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         spec = self.spec
         start: Any = input_pos[0].item()
@@ -87,7 +83,7 @@ class DecoderProgram(nn.Module):
 
     def _delegate(self, inputs: list[Tensor], segment: int) -> list[Tensor]:
         heads, widths = outputs_of(self.spec, segment, self.hands_on)
-        return torch.ops.boa_edge.xnnpack(inputs, segment, heads, widths)
+        return placeholder(inputs, segment, heads, widths)
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int, start: Any) -> Tensor:
         keys, values = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")

@@ -1,4 +1,4 @@
-"""A decoder and its delegates -> the bytes of a .pte."""
+"""A module and its delegates -> a .pte."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from executorch.exir.lowered_backend_module import LoweredBackendModule
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from executorch.exir.schema import KernelCall, Program
-from torch import Tensor, fx
-from torch.export import Dim, export
+from torch import Tensor, fx, nn
+from torch.export import export
 
 from exporters.executorch.constants import Constants
-from exporters.executorch.decoder import PLACEHOLDER, DecoderProgram
+from exporters.executorch.placeholder import PLACEHOLDER
 
 BACKEND = "XnnpackBackend"
-
-Metadata = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,24 +50,28 @@ class _Traced:
 
 
 def write_program(
-    decoder: DecoderProgram, delegates: Sequence[bytes], constants: Constants, metadata: Metadata, path: Path
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    sizes: Any,
+    delegates: Sequence[bytes],
+    constants: Constants,
+    path: Path,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Written:
-    """Write `path`.
+    """Write the program whose method forward is `module`.
 
     Args:
-        delegates: by number, as the decoder's placeholders name them.
+        module: with a placeholder (`exporters.executorch.placeholder`) for each delegate.
+        inputs: of the largest sizes that forward takes.
+        sizes: which of them may be smaller, as torch.export takes it; None for none.
+        delegates: by number, as the placeholders name them.
+        constants: of all delegates.
         metadata: constant methods by name.
     """
-    tokens = torch.zeros(1, decoder.lengths.prefill, dtype=torch.int64)
-    sizes = (
-        None
-        if decoder.lengths.prefill == 1
-        else {"tokens": {1: Dim("tokens", min=1, max=tokens.shape[1])}, "input_pos": None}
-    )
     with torch.no_grad():
-        exported = export(decoder, (tokens, torch.zeros(1, dtype=torch.int64)), dynamic_shapes=sizes, strict=False)
+        exported = export(module, inputs, dynamic_shapes=sizes, strict=False)
     edge = to_edge(
-        exported, constant_methods=dict(metadata), compile_config=EdgeCompileConfig(_check_ir_validity=False)
+        exported, constant_methods=dict(metadata or {}), compile_config=EdgeCompileConfig(_check_ir_validity=False)
     )
     _insert(edge.exported_program().graph_module, delegates)
     edge._named_data_store.merge_named_data_store(constants.output())
