@@ -29,7 +29,7 @@ from devices.transport import ConnectionLostError
 _DIRECTORY = "/data/local/tmp/boa-edge"
 _SERVER_PORT = 5037
 _LIST_S = 30.0
-_CONNECT_S = 10.0
+_CONNECT_S = 5.0
 _POLL_S = 0.5
 _GONE = (
     "device offline",
@@ -219,10 +219,12 @@ class AdbShell:
         done = run_client(self, self._adb.argv("-s", self.serial, *arguments), timeout_s)
         if done.returncode == 0:
             return
-        said = last_line(done.stderr) or last_line(done.stdout)
-        if is_disk_full(said):
+        said = _error_line(done.stdout + done.stderr)
+        # A file's name must not be taken for what went wrong with it.
+        words = re.sub(r"'[^']*'", "", said).lower()
+        if is_disk_full(words):
             raise DiskFullError(f"no room for {what}", where=f"device {self.name}")
-        if any(word in said.lower() for word in _GONE):
+        if any(word in words for word in _GONE):
             raise lost(self, said)
         raise BoaEdgeError(f"adb {arguments[0]} of {what} failed ({said})", where=f"device {self.name}")
 
@@ -241,11 +243,18 @@ class AdbTransport(RemoteTransport):
 
     def _reachable(self) -> str | None:
         """To list devices must not leave a server running, so it is not started for that."""
-        if self._adb.server_runs():
+        if self._profile.server is not None or self._adb.server_runs():
             return None
         return "no adb server is running; `adb start-server` or a run on this device starts it"
 
     def _connect(self) -> Connection:
+        if self._profile.server is not None and not self._adb.server_runs():
+            # Asked of a machine's own address, the client would start a server there.
+            raise BoaEdgeError(
+                f"the adb server at {self._profile.server} cannot be reached",
+                where=f"device {self._profile.name}",
+                fix="Start it there: adb -a -P PORT nodaemon server",
+            )
         shell = AdbShell(self._adb, self._profile, self._choose())
         shell.check_shell()
         return shell
@@ -298,6 +307,12 @@ def _wait(adb: Adb, serial: str, limit_s: float) -> Attached | None:
         if (found is not None and found.state == "device") or time.monotonic() > deadline:
             return found
         time.sleep(_POLL_S / 2)
+
+
+def _error_line(text: str) -> str:
+    """What the client says went wrong; its count of files and bytes may follow."""
+    lines = [line for line in text.splitlines() if "error" in line.lower() or line.startswith("adb: ")]
+    return last_line("\n".join(lines) or text)
 
 
 def _on_network(serial: str) -> bool:

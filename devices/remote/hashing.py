@@ -13,18 +13,17 @@ from boa_edge.files import sha256_file
 from devices.remote.shell import RemoteShell, ask, lost, transfer_limit
 
 _PROGRAMS = ("sha256sum", "toybox sha256sum", "busybox sha256sum")
-_LINE = re.compile(r"^([0-9a-f]{64})[ \t]+\*?(.+)$")
+_LINE = re.compile(r"^(\d+) ([0-9a-f]{64})\b")
 # SHA-256 of nothing.
 _EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def find_hasher(shell: RemoteShell) -> str | None:
     """The program there that hashes as it should, None where there is none."""
-    tries = "\n".join(f'[ "$({program} </dev/null 2>/dev/null)" ] && echo {program}' for program in _PROGRAMS)
-    for program in ask(shell, f"{tries}\ntrue").out.splitlines():
-        if program in _PROGRAMS and ask(shell, f"{program} </dev/null").out.startswith(_EMPTY):
-            return program
-    return None
+    tries = "\n".join(f'echo "$({program} </dev/null 2>/dev/null)"' for program in _PROGRAMS)
+    answers = ask(shell, tries).out.split("\n")
+    right = (program for program, answer in zip(_PROGRAMS, answers, strict=False) if answer.startswith(_EMPTY))
+    return next(right, None)
 
 
 def hash_files(shell: RemoteShell, hasher: str | None, paths: Iterable[str], total: int) -> dict[str, str]:
@@ -34,14 +33,16 @@ def hash_files(shell: RemoteShell, hasher: str | None, paths: Iterable[str], tot
         return {}
     if hasher is None:
         return {path: digest for path in wanted if (digest := _fetch_and_hash(shell, path)) is not None}
-    words = " ".join(shlex.quote(path) for path in wanted)
-    answer = ask(
-        shell, f'for f in {words}; do [ -f "$f" ] && {hasher} "$f"; done; true', timeout_s=transfer_limit(total)
-    )
+    # By number and through stdin: the programs print names each in their own way.
+    lines = [
+        f"[ -f {shlex.quote(path)} ] && echo {i} $({hasher} < {shlex.quote(path)})" for i, path in enumerate(wanted)
+    ]
+    answer = ask(shell, "\n".join([*lines, "true"]), timeout_s=transfer_limit(total))
     found = {}
     for line in answer.out.splitlines():
-        if match := _LINE.match(line):
-            found[match[2]] = match[1]
+        match = _LINE.match(line)
+        if match and int(match[1]) < len(wanted):
+            found[wanted[int(match[1])]] = match[2]
     return found
 
 

@@ -151,7 +151,7 @@ def read_fingerprint(shell: RemoteShell) -> dict[str, Any]:
     """What the device is. `clock_skew_s`: by how many seconds its wall clock is ahead of this machine's."""
     found = _read(shell, _FINGERPRINT)
     epoch = found.pop("epoch_s")
-    found["clock_skew_s"] = round(epoch - time.time()) if isinstance(epoch, int) else epoch
+    found["clock_skew_s"] = epoch - int(time.time()) if isinstance(epoch, int) else epoch
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from devices.remote.hashing import hash_files
-from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, transfer_limit
+from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, last_line, transfer_limit
 
 _ATTEMPTS = 3
 _NOTICEABLE = 20_000_000
@@ -73,9 +73,7 @@ class Store:
         for _ in range(_ATTEMPTS):
             try:
                 self._shell.send(source, part, transfer_limit(size))
-                if hash_files(self._shell, self._hasher, [part], size).get(part) == digest:
-                    move = f"chmod 755 {part} && mv -f {part} {self.path(digest)}"
-                    demand(self._shell, move, f"{source.name} cannot be stored")
+                if self._adopt(part, digest, source):
                     self.pushed += size
                     return
             except DiskFullError:
@@ -87,6 +85,22 @@ class Store:
             where=f"device {self._shell.name}",
             fix="Use another cable or port, and check the device's storage",
         )
+
+    def _adopt(self, part: str, digest: str, source: Path) -> bool:
+        """Give a pushed file its name if it is what was to be pushed."""
+        move = f"chmod 755 {shlex.quote(part)} && mv -f {shlex.quote(part)} {shlex.quote(self.path(digest))}"
+        where = f"{source.name} cannot be stored"
+        size = source.stat().st_size
+        if self._hasher is None:
+            if hash_files(self._shell, None, [part], size).get(part) != digest:
+                return False
+            demand(self._shell, move, where)
+            return True
+        check = f'set -- $({self._hasher} < {shlex.quote(part)})\n[ "$1" = {digest} ] || exit 44\n{move}'
+        answer = ask(self._shell, check, timeout_s=transfer_limit(size))
+        if answer.code not in (0, 44):
+            raise BoaEdgeError(f"{where} ({last_line(answer.err)})", where=f"device {self._shell.name}")
+        return answer.code == 0
 
     def _make_room(self, incoming: int, keep: set[str]) -> None:
         """Remove the least recently used files that are not in `keep` until `incoming` bytes fit below the limit."""

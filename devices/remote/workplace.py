@@ -23,11 +23,16 @@ from devices.transport import ConnectionLostError
 
 _ENVIRONMENT = "LC_ALL=C ORT_DISABLE_TELEMETRY=1"
 
-# Ends what a run left, if the process of that number is still the one that worked in this directory.
-_END_PROCESS = """end_process() {
-  [ -f "$1/pid" ] || return 0
-  read p < "$1/pid"
-  [ "$(readlink /proc/$p/cwd 2>/dev/null)" = "$(cd "$1" && pwd -P)" ] && kill -9 "$p" 2>/dev/null
+# Ends what works in a run's directory: the recorded process, and others, because a program may have children.
+_END = """end_run() {
+  d=$(cd "$1" 2>/dev/null && pwd -P) || return 0
+  if [ -f "$d/pid" ]; then
+    read p < "$d/pid"
+    [ "$(readlink /proc/$p/cwd 2>/dev/null)" = "$d" ] && kill -9 "$p" 2>/dev/null
+  fi
+  ls -l /proc/[0-9]*/cwd 2>/dev/null | while read -r l; do
+    case "$l" in *" -> $d") l=${l%/cwd -> *}; kill -9 "${l##*/}" 2>/dev/null;; esac
+  done
   return 0
 }
 """
@@ -36,7 +41,7 @@ _END_PROCESS = """end_process() {
 def sweep(shell: RemoteShell, base: str) -> None:
     """End and remove what runs left that were cut off. Call with the device's lock held."""
     runs, files = shlex.quote(f"{base}/runs"), shlex.quote(f"{base}/files")
-    script = f'{_END_PROCESS}for d in {runs}/*/; do [ -d "$d" ] && end_process "${{d%/}}"; done\n'
+    script = f'{_END}for d in {runs}/*/; do [ -d "$d" ] && end_run "$d"; done\n'
     demand(shell, f"{script}rm -rf {runs}/* {files}/.part-*", "left-over runs cannot be removed")
 
 
@@ -123,7 +128,8 @@ class RemoteWorkplace:
         """Leave nothing of the run on the device; what cannot be reached now is swept by the next run."""
         self._local.cleanup()
         with contextlib.suppress(ConnectionLostError):
-            ask(self._shell, f"rm -rf {shlex.quote(self.directory)}")
+            here = shlex.quote(self.directory)
+            ask(self._shell, f"{_END}end_run {here}; rm -rf {here}")
 
     def _script(self, command: Sequence[str], marker: EndMarker) -> str:
         """The run on the device: its process id recorded, ended by a watcher there when its time is up.
@@ -135,13 +141,15 @@ class RemoteWorkplace:
             start = f'env -i PATH="$PATH" {_ENVIRONMENT} {program}'
         else:  # a program of the system's own linker may need the system's variables
             start = f"env {_ENVIRONMENT} LD_LIBRARY_PATH={shlex.quote(self.directory)} {program}"
+        # What waits works elsewhere: whatever works in the directory is taken for the program.
+        late = shlex.quote(self.path("timed-out"))
         return f"""cd {shlex.quote(self.directory)} || exit 1
 {start} </dev/null &
 p=$!
 echo $p > pid
-( n={self._time_limit}
+( cd /; n={self._time_limit}
 while [ $n -gt 0 ] && kill -0 $p 2>/dev/null; do sleep 1; n=$((n-1)); done
-kill -0 $p 2>/dev/null && echo > timed-out && kill -9 $p ) </dev/null >/dev/null 2>&1 &
+kill -0 $p 2>/dev/null && echo > {late} && kill -9 $p ) </dev/null >/dev/null 2>&1 &
 w=$!
 wait $p
 c=$?
@@ -152,4 +160,4 @@ kill $w 2>/dev/null
     def _end_process(self) -> None:
         """End the program there: stopping the client does not. Left to the next run's sweep where nobody answers."""
         with contextlib.suppress(ConnectionLostError):
-            ask(self._shell, f"{_END_PROCESS}end_process {shlex.quote(self.directory)}", timeout_s=20)
+            ask(self._shell, f"{_END}end_run {shlex.quote(self.directory)}", timeout_s=20)
