@@ -15,8 +15,8 @@ class Constants:
     """Named bytes of a whole program.
 
     A name is a hash of everything that goes into a packed weight but the bias, never of the codes alone: the runtime
-    keeps packed weights under the names of codes and bias. ExecuTorch 1.5.1's own lowering names codes by the codes, and
-    of two linears with equal codes and different scales the second computes with the first one's scales (measured).
+    keeps packed weights under the names of codes and bias. ExecuTorch 1.5.1's own lowering names codes by the codes,
+    and of two linears with equal codes and different scales the second computes with those of the first (measured).
 
     Attributes:
         size: bytes of all of them.

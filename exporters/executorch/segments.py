@@ -12,6 +12,7 @@ import math
 import numpy as np
 from torch import Tensor
 
+from boa_edge.errors import BoaEdgeError
 from exporters.executorch.constants import Constants
 from exporters.executorch.delegate import Delegate, Value
 from toolchain.checkpoint import Checkpoint
@@ -159,7 +160,12 @@ class Segments:
         return x
 
     def _parameter(self, name: str) -> np.ndarray:
-        return self.checkpoint.tensor(name).float().numpy()
+        values: np.ndarray = self.checkpoint.tensor(name).float().numpy()
+        # Looked at here, since int8 activations make numbers of whatever comes in.
+        if not np.isfinite(values).all():
+            where = f"{self.checkpoint.path / 'model.safetensors'}: {name}"
+            raise BoaEdgeError("has values that are not finite", where=where, fix="Quantize the model again")
+        return values
 
 
 class _Input:
