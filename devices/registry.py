@@ -11,12 +11,14 @@ from devices.device import RunnerDevice
 from devices.local import LocalTransport
 from devices.profile import Profile, known_profiles, load_profile
 from devices.qemu import QemuTransport
+from devices.ssh import SshTransport
 from devices.transport import Transport
 
 TRANSPORTS: dict[str, Callable[[Profile], Transport]] = {
     "local": LocalTransport,
     "qemu": QemuTransport,
     "adb": AdbTransport,
+    "ssh": SshTransport,
 }
 
 

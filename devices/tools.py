@@ -32,6 +32,7 @@ class Tool:
         arguments: words that the unpacked program needs first; `$root` is where it was unpacked.
         environment: variables likewise.
         files: further files below `$root`, for what the package's own scripts would have set up.
+        private: unpacked below the cache even by root, whatever the system has.
     """
 
     key: str
@@ -42,6 +43,7 @@ class Tool:
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[str, str], ...] = ()
+    private: bool = False
 
 
 _FONTS = """<?xml version="1.0"?>
@@ -69,6 +71,16 @@ CROSS = Tool(
 )
 HOST = Tool("host", ("g++", "c++", "clang++"), "g++", "the C++ compiler", arguments=("--sysroot=$root",))
 ADB = Tool("adb", ("adb",), "adb", "the client for Android devices")
+SSH = Tool("ssh", ("ssh",), "openssh-client", "the client for ARM boards")
+# Never installed for the whole machine: its package would start a server there.
+SSHD = Tool(
+    "sshd",
+    ("boa-edge-sshd",),
+    "openssh-server",
+    "the server that the tests of ssh devices log in to",
+    target="usr/sbin/sshd",
+    private=True,
+)
 CHROMIUM = Tool(
     "chromium",
     ("chromium", "chromium-browser", "google-chrome"),
@@ -79,8 +91,8 @@ CHROMIUM = Tool(
     files=(("fonts.conf", _FONTS),),
 )
 
-SETUP_TOOLS = (HOST, CROSS, QEMU, ADB)
-TEST_TOOLS = (CHROMIUM,)
+SETUP_TOOLS = (HOST, CROSS, QEMU, ADB, SSH)
+TEST_TOOLS = (CHROMIUM, SSHD)
 
 
 def system_directory() -> Path:
@@ -116,9 +128,10 @@ def provide(tools: Sequence[Tool]) -> None:
         names = ", ".join(f"{tool.programs[0]} ({tool.purpose})" for tool in missing)
         raise BoaEdgeError(f"{names}: not on PATH, and this machine has no apt-get to fetch them with", fix=ask)
     reasons = []
-    if apt.is_root():
+    installable = [tool.package for tool in missing if not tool.private]
+    if apt.is_root() and installable:
         try:
-            apt.install(packages, say)
+            apt.install(installable, say)
             missing = [tool for tool in missing if find(tool) is None]
         except apt.AptError as error:
             reasons.append(f"apt-get install: {error}")

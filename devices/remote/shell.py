@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from boa_edge.errors import BoaEdgeError
 from devices.remote.marker import EndMarker
@@ -83,16 +84,25 @@ def demand(shell: RemoteShell, script: str, what: str, *, timeout_s: float = _TI
 
 
 def run_client(
-    shell: RemoteShell, command: list[str], timeout_s: float, source: Path | None = None
+    shell: RemoteShell, command: list[str], timeout_s: float, source: Path | None = None, target: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the client program, with `source` as its stdin. ConnectionLostError where it does not end in time."""
-    stdin = subprocess.DEVNULL if source is None else source.open("rb")
+    """Run the client program, stdin from `source`, stdout to `target`. ConnectionLostError where it takes too long."""
+    with contextlib.ExitStack() as files:
+        stdin = subprocess.DEVNULL if source is None else files.enter_context(source.open("rb"))
+        stdout = subprocess.PIPE if target is None else files.enter_context(target.open("wb"))
+        return _run(shell, command, timeout_s, stdin, stdout)
+
+
+def _run(
+    shell: RemoteShell, command: list[str], timeout_s: float, stdin: int | IO[bytes], stdout: int | IO[bytes]
+) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command,
             env=dict(shell.environment),
             stdin=stdin,
-            capture_output=True,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
             timeout=timeout_s,
@@ -102,9 +112,6 @@ def run_client(
         raise ConnectionLostError(f"did not answer within {timeout_s:g} s", where=f"device {shell.name}") from None
     except OSError as error:
         raise BoaEdgeError(f"cannot be started ({error.strerror})", where=command[0], fix="Run `make setup`") from None
-    finally:
-        if not isinstance(stdin, int):
-            stdin.close()
 
 
 def transfer_limit(size: int) -> float:
