@@ -76,10 +76,14 @@ class WeightFormat(_Frozen):
 
 
 class EmbeddingFormat(_Frozen):
-    """The embedding table and the output head, rounded to nearest; symmetric."""
+    """The embedding table and the output head; symmetric (`toolchain.tables`).
 
-    bits: Literal[8] = 8
-    group_size: int | None = Field(default=32, ge=_SMALLEST_GROUP, le=_LARGEST_GROUP)
+    Attributes:
+        group_size: null gives each token one scale, which is all that ExecuTorch's head holds at 8 bits.
+    """
+
+    bits: Literal[4, 8] = 8
+    group_size: int | None = Field(default=None, ge=_SMALLEST_GROUP, le=_LARGEST_GROUP)
 
 
 class ActivationChoice(_Frozen):

@@ -20,18 +20,17 @@ from toolchain.allocation import Item, allocate, check_budget, module_bytes
 from toolchain.block import BlockRunner, Stream
 from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
-from toolchain.grids import Grid, GridFormat, find_grid
 from toolchain.loading import SourceModel
 from toolchain.loading.streamed import streamed_blocks
 from toolchain.options import Options
 from toolchain.quantized import SUPPORTED_BITS, QuantizedWeight, stack_rows
-from toolchain.recipe import EmbeddingFormat, Recipe
+from toolchain.recipe import Recipe
 from toolchain.resume import FinishedBlock, FinishedWeights, ResumeFile
 from toolchain.sensitivity import Errors, predict_errors
 from toolchain.solve import Settings, SolvedLayer, round_stage, solve_stage
-from toolchain.solvers import rtn
 from toolchain.spill import Spill
 from toolchain.statistics.block import BlockStatistics, Wanted, collect
+from toolchain.tables import embedded_by, quantize_tables
 
 _BATCH = 2
 _HELD_OUT = 16  # one batch in so many is kept from the statistics that the safety net watches over
@@ -80,11 +79,12 @@ def quantize_model(
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
         finished = distributed.from_main(lambda: {index for index, _ in blocks if resume and resume.load(index)})
+        tables = quantize_tables(source, recipe, None if options is None else sequences)
         planned = _plan(source, recipe, settings, sequences, sequence_weights, resume, Spill(spill))
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
-            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill), activations)
+            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill), activations, tables)
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
             last = index + 1 == len(blocks)
             bits = {} if planned is None else {role: planned[part.module] for role, part in names.parts().items()}
@@ -111,7 +111,6 @@ def quantize_model(
             else:
                 kept.finish(index, done[0])
             layers |= done[1]
-        tables = _quantize_tables(source, recipe.embedding, recipe.round_scales)
     if kept is None:
         return QuantizedModel(weights | tables, layers)
     kept.add(tables)
@@ -213,28 +212,6 @@ def _layer_report(recipe: Recipe, layer: SolvedLayer) -> dict[str, Any]:
     }
 
 
-def _quantize_tables(
-    source: SourceModel, fmt: EmbeddingFormat | None, round_scales: bool
-) -> dict[str, QuantizedWeight]:
-    """The embedding table and, where it is a matrix of its own, the head: rounded to nearest on the best grid."""
-    if fmt is None:
-        return {}
-    names = [source.spec.embedding] + ([] if source.spec.tied_embeddings else [source.spec.head])
-    grid_format = GridFormat(fmt.bits, fmt.group_size, True, round_scales)
-    tables = {}
-    for name in track(names, "quantizing tables"):
-        table = source.model.get_parameter(f"{name}.weight")
-        parts = [_round_table(part.unsqueeze(0), grid_format) for part in table.split(8192)]
-        grid = Grid(torch.cat([g.scales for g, _ in parts], 1), torch.cat([g.zeros for g, _ in parts], 1), grid_format)
-        tables[name] = grid.quantized(torch.cat([codes for _, codes in parts], 1))
-    return tables
-
-
-def _round_table(rows: Tensor, fmt: GridFormat) -> tuple[Grid, Tensor]:
-    grid = find_grid(rows, fmt, "minmax")
-    return grid, rtn.solve(rows, grid)
-
-
 class _Texts:
     """The calibration text on its way through the quantized model and, where wanted, through the original."""
 
@@ -246,6 +223,7 @@ class _Texts:
         options: Options,
         keep: Spill,
         activations: ActivationPlan | None = None,
+        tables: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
         self._source, self._activations = source, activations
         self._arguments, embed = entry(source.model, sequences.shape[1])
@@ -261,11 +239,11 @@ class _Texts:
         # Those that most is taken of come first.
         places.sort(key=lambda place: (place not in recorded, place not in compared))
         self._recorded = len(set(recorded).intersection(places))
-        self._text = Stream([keep(embed(batches[place])) for place in places], keep)
+        with embedded_by(source, tables or {}):
+            self._text = Stream([keep(embed(batches[place])) for place in places], keep)
         compares = options.deviation > 0 or options.residual > 0
-        self._reference = (
-            Stream(self._text.hidden[: len(set(compared).intersection(places))], keep) if compares else None
-        )
+        followed = places[: len(set(compared).intersection(places))]
+        self._reference = Stream([keep(embed(batches[place])) for place in followed], keep) if compares else None
         self._token_weights = None
         if sequence_weights is not None:
             rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1]).split(_BATCH)

@@ -134,6 +134,24 @@ def solve_stage(
     return solved
 
 
+def solve_matrix(
+    weight: Tensor, columns: Tensor, settings: Settings, options: Options, rows_at_a_time: int
+) -> QuantizedWeight:
+    """Codes of a matrix [out, in] of any height, whose rows have nothing in common but the column Hessian [in, in]."""
+    hessian = columns.unsqueeze(0)
+    factors = _Factors(settings.damping, options.activation_order)
+    parts = [
+        _solve_together(rows.unsqueeze(0), hessian, None, settings, options, factors, turn)
+        for turn, rows in enumerate(weight.split(rows_at_a_time))
+    ]
+    grid = Grid(
+        torch.cat([part.grid.scales for part in parts], 1),
+        torch.cat([part.grid.zeros for part in parts], 1),
+        settings.format,
+    )
+    return grid.quantized(torch.cat([part.codes for part in parts], 1))
+
+
 def _safer(
     target: Tensor, solution: _Solution, plain: _Solution, columns: Tensor, rows: Tensor
 ) -> tuple[_Solution, list[int]]:

@@ -170,7 +170,7 @@ def test_smoothing_takes_planted_outliers_out_again(tiny_model: Path, text_file:
         checkpoint = quantized(model, tmp_path / name, text_file, **fields)
         kl[name] = checkpoint.provenance["comparison"][-1]["kl"]
     assert kl["plain"] > 3 * kl["original"]
-    assert kl["smooth"] < 1.3 * kl["original"]
+    assert kl["smooth"] - kl["original"] < 0.05 * (kl["plain"] - kl["original"])
     before, after = (checkpoint.provenance["outliers"][key] for key in ("before", "after"))
     for was, now in zip(before, after, strict=True):
         if was["place"] in ("attention", "mlp"):
