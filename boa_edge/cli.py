@@ -203,6 +203,17 @@ def compare(
         raise typer.Exit(_REGRESSION)
 
 
+@app.command()
+def report(
+    history: Annotated[Path, typer.Option("--history", help="A directory; every report.json below it is drawn.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("history.html"),
+) -> None:
+    """The figures of many reports over time, as one page."""
+    from runtime_tests.history import history as stage
+
+    _finish({"page": str(output), **stage(history, output).as_dict()})
+
+
 bundle_app = typer.Typer(help="Check a bundle, or sign it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bundle_app, name="bundle")
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")]

@@ -1,0 +1,68 @@
+"""`boa-edge report --history`: reports over time, those of one kind in a line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from report_browser import find_chromium, measure_page
+from report_fakes import HOSTILE, Made, make, provenance
+
+from boa_edge.errors import BoaEdgeError
+from runtime_tests.history import arrange, history
+from runtime_tests.reading import read_report
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, measured: Made, emulated: Made) -> Path:
+    """Three reports of one kind (the third is the oldest), one of another, and a file that is none."""
+    target = tmp_path_factory.mktemp("history")
+    hostile = make(tmp_path_factory.mktemp("hostile"), bundle={"origin": provenance() | {"source": {"model": HOSTILE}}})
+    for name, made in (("a", measured), ("b", measured), ("c", measured), ("d", emulated), ("e", hostile)):
+        shutil.copytree(made.directory, target / name)
+    old = target / "c" / "report.json"
+    created = read_report(old).created
+    old.write_text(old.read_text().replace(created, "2025-01-01T00:00:00+00:00"))
+    (target / "f").mkdir()
+    (target / "f" / "report.json").write_text('{"schema_version": 99}')
+    return target
+
+
+def test_reports_of_one_kind_are_a_line_in_order_of_time(directory: Path, tmp_path: Path) -> None:
+    found = history(directory, tmp_path / "history.html")
+    assert sorted(len(reports) for reports in found.series.values()) == [1, 1, 3]
+    longest = max(found.series.values(), key=len)
+    assert [report.created for report in longest] == sorted(report.created for report in longest)
+    assert longest[0].created.startswith("2025-01-01")
+    assert list(found.skipped) == ["f/report.json"]
+    assert "schema version 99" in found.skipped["f/report.json"]
+    page = (tmp_path / "history.html").read_text()
+    assert "<script>" not in page
+    assert page.count("2025-01-01 00:00") == 1
+    assert page.count('aria-label="Decode speed of 5 reports') == 1
+
+
+def test_other_settings_are_another_line(measured: Made) -> None:
+    report = measured.report
+    other = report.model_copy(update={"settings": report.settings.model_copy(update={"threads": 2})})
+    assert len(arrange([report, other])) == 2
+
+
+def test_a_directory_without_reports_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BoaEdgeError, match=r"holds no readable report\.json"):
+        history(tmp_path, tmp_path / "history.html")
+    with pytest.raises(BoaEdgeError, match="no such directory"):
+        history(tmp_path / "absent", tmp_path / "history.html")
+    assert not (tmp_path / "history.html").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_fits(directory: Path, tmp_path: Path, width: int) -> None:
+    if not find_chromium():
+        pytest.skip("Chromium is not installed")
+    history(directory, tmp_path / "history.html")
+    page = measure_page(tmp_path / "history.html", width)
+    assert page.scroll <= width
+    assert page.clipped == page.requests == page.labels == page.touching == []
