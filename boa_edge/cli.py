@@ -6,18 +6,18 @@ failed, 2 the request is wrong, 3 a comparison found a regression.
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from boa_edge import __version__
+from boa_edge import __version__, device_commands
 from boa_edge.errors import BoaEdgeError
+from boa_edge.output import finish as _finish
 from boa_edge.quiet import quiet_libraries, quiet_transformers
-from boa_edge.ranks import is_silent, launched_rank
+from boa_edge.ranks import launched_rank
 
 app = typer.Typer(
     name="boa-edge",
@@ -76,9 +76,7 @@ OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The director
 _REGRESSION = 3
 
 
-def _finish(document: dict[str, Any]) -> None:
-    if not is_silent():
-        print(json.dumps(document, separators=(",", ":"), ensure_ascii=False), flush=True)
+app.add_typer(device_commands.app, name="devices")
 
 
 @app.command()
@@ -241,30 +239,6 @@ def bundle_sign(
     from exporters.signing import sign as stage
 
     _finish(stage(bundle, key).as_dict())
-
-
-@app.command()
-def devices() -> None:
-    """The devices it knows, and which are usable now, and why not."""
-    from boa_edge.tables import print_devices
-    from devices import list_devices
-
-    rows = list_devices()
-    print_devices(rows)
-    _finish(
-        {
-            "devices": [
-                {
-                    "name": row.name,
-                    "description": row.description,
-                    "execution": row.execution,
-                    "usable": row.usable,
-                    "missing": list(row.missing),
-                }
-                for row in rows
-            ]
-        }
-    )
 
 
 @app.command()

@@ -44,6 +44,11 @@ class RunnerDevice:
         return self._profile.name
 
     @property
+    @property
+    def transport(self) -> Transport:
+        """How it is reached."""
+        return self._transport
+
     def execution(self) -> Execution:
         return self._transport.execution
 
@@ -82,8 +87,8 @@ class RunnerDevice:
         """
         program = read_program(Path(bundle))
         check_request(program, request)
-        self._require_usable()
-        executable, files = self._runner_files(program)
+        self.require_usable(program.runtime)
+        executable, files = self.runner_files(program.runtime)
         attempt = 1
         while True:
             try:
@@ -126,24 +131,26 @@ class RunnerDevice:
                 notes=self._transport.notes(),
             )
 
-    def _missing(self) -> tuple[str, ...]:
+    def _missing(self, runtime: str | None = None) -> tuple[str, ...]:
+        """What is missing for one runtime, or for all."""
         missing = self._transport.missing()
         if self._profile.runner_path is not None:
             return missing
         return (*missing, *binaries.missing(self._transport.target))
 
-    def _require_usable(self) -> None:
-        missing = self._missing()
+    def require_usable(self, runtime: str) -> None:
+        """BoaEdgeError where something is missing that a program of this runtime needs."""
+        missing = self._missing(runtime)
         if missing:
             lacks = "; ".join(missing)
             raise BoaEdgeError(f"cannot be used: {lacks} missing", where=f"device {self.name}", fix="Run `make setup`")
 
-    def _runner_files(self, program: Program) -> tuple[str, dict[str, Path]]:
+    def runner_files(self, runtime: str) -> tuple[str, dict[str, Path]]:
         """The name of the program to run, and name -> local file of all that it needs besides the model."""
         own = self._profile.runner_path
         if own is not None:
             return own.name, own_files(self._profile, own)
-        runner = binaries.runner_for(program.runtime)
+        runner = binaries.runner_for(runtime)
         return runner.program, binaries.files_for(runner, self._transport.target)
 
     def _push_tokens(self, workplace: Workplace, request: GenerateRequest | ScoreRequest) -> None:

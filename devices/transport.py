@@ -33,6 +33,10 @@ class Workplace(Protocol):
         """Put a file with `content` there as `name`."""
         ...
 
+    def deploy(self) -> None:
+        """Have everything there that was pushed and written. `run` does it by itself."""
+        ...
+
     def path(self, name: str) -> str:
         """The path of a file there, as the device's programs see it."""
         ...

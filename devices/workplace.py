@@ -41,6 +41,9 @@ class LocalWorkplace:
         with disk_errors(self.directory):
             (self.directory / name).write_bytes(content)
 
+    def deploy(self) -> None:
+        """It is there as soon as it is pushed."""
+
     def path(self, name: str) -> str:
         return str(self.directory / name)
 

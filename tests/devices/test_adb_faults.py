@@ -89,7 +89,7 @@ def test_files_are_pushed_once_and_the_device_is_left_as_it_was(make: Make, daem
     assert first == 4  # runner, its file, the model, the tokens
     assert_right(make().run(tiny_bundle, GENERATE))
     assert pushed(daemon) == first
-    transport = device._transport
+    transport = device.transport
     assert isinstance(transport, AdbTransport)
     transport.clean()
     assert sorted(path.name for path in daemon.phone.data.iterdir()) == before
@@ -292,7 +292,7 @@ def test_somebody_elses_lock_is_respected_and_can_be_broken(make: Make, daemon: 
     device = make()
     with pytest.raises(BoaEdgeError, match=r"in use by process 123 of elsewhere for \d+ s.*devices clean"):
         device.run(tiny_bundle, GENERATE)
-    transport = device._transport
+    transport = device.transport
     assert isinstance(transport, AdbTransport)
     transport.clean(force=True)
     assert_right(device.run(tiny_bundle, GENERATE))
