@@ -60,8 +60,8 @@ def read_program(directory: Path) -> Program:
     runtime = _field(document, "runtime", str, where)
     forms = _FORMS.get(runtime)
     if forms is None:
-        known = " or ".join(_FORMS)
-        raise BoaEdgeError(f"'runtime' is {json.dumps(runtime)[:80]}; it must be {known}", where=where)
+        known = f"Known: {', '.join(_FORMS)}"
+        raise BoaEdgeError(f"there is no runner for runtime {runtime[:80]!r}", where=where, fix=known)
     form = document.get("form", forms[0])  # bundles from before there were two have none
     if form not in forms:
         known = " or ".join(forms)

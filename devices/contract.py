@@ -29,6 +29,7 @@ class GenerateRequest:
         warmup: runs before the counted ones; they are reported with `"warmup": true`.
         repeats: counted runs.
         threads: intra-op threads of the runtime.
+        profile: have the runtime record the time of every operator, which slows it down.
     """
 
     prompt: tuple[int, ...]
@@ -36,11 +37,15 @@ class GenerateRequest:
     warmup: int = 0
     repeats: int = 1
     threads: int = 1
+    profile: bool = False
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Teacher-forced logits of one token sequence, in one prefill call, batch 1."""
+    """Teacher-forced logits of one token sequence, batch 1.
+
+    In one call where the program gives the logits of every position, else token by token.
+    """
 
     tokens: tuple[int, ...]
     threads: int = 1
@@ -61,6 +66,7 @@ class RunResult:
         state: what the device said of its temperature, clocks and battery, under `before` and `after`; empty where it
             has no such probes.
         notes: what a reader of the figures has to know of this run.
+        profile: the runtime's record of every operator, in the runtime's own format, where it was asked for.
     """
 
     events: tuple[Event, ...]
@@ -71,6 +77,7 @@ class RunResult:
     instructions: tuple[int, ...] | None = None
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    profile: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from devices.transport import ConnectionLostError, Transport, Workplace
 
 _TOKENS = "tokens.bin"
 _LOGITS = "logits.bin"
+_PROFILE = "profile.bin"
 _SILENCE_VARIABLE = "BOA_EDGE_SILENCE_LIMIT"
 _ATTEMPTS = 3
 # A runner cannot have worked for longer than it took as seen from here; clocks are read a little apart.
@@ -44,11 +45,11 @@ class RunnerDevice:
         return self._profile.name
 
     @property
-    @property
     def transport(self) -> Transport:
         """How it is reached."""
         return self._transport
 
+    @property
     def execution(self) -> Execution:
         return self._transport.execution
 
@@ -120,6 +121,7 @@ class RunnerDevice:
             after = workplace.state()
             instructions = workplace.instructions()
             logits = self._read_logits(workplace, program, request) if isinstance(request, ScoreRequest) else None
+            profile = workplace.pull(_PROFILE).read_bytes() if _profiled(request) else None
             return RunResult(
                 events=events,
                 logits=logits,
@@ -129,6 +131,7 @@ class RunnerDevice:
                 instructions=instructions if instructions and len(instructions) == len(events) else None,
                 state={"before": before, "after": after} if before or after else {},
                 notes=self._transport.notes(),
+                profile=profile,
             )
 
     def _missing(self, runtime: str | None = None) -> tuple[str, ...]:
@@ -136,7 +139,7 @@ class RunnerDevice:
         missing = self._transport.missing()
         if self._profile.runner_path is not None:
             return missing
-        return (*missing, *binaries.missing(self._transport.target))
+        return (*missing, *binaries.missing(self._transport.target, runtime))
 
     def require_usable(self, runtime: str) -> None:
         """BoaEdgeError where something is missing that a program of this runtime needs."""
@@ -271,6 +274,8 @@ def _arguments(program: Program, request: GenerateRequest | ScoreRequest, workpl
     else:
         arguments += ["--mode", "generate", "--new-tokens", str(request.new_tokens)]
         arguments += ["--warmup", str(request.warmup), "--repeats", str(request.repeats)]
+        if request.profile:
+            arguments += ["--profile", workplace.path(_PROFILE)]
     if program.prefill_length is not None:
         arguments += ["--prefill", str(program.prefill_length)]
     for key, value in program.session_config.items():
@@ -278,8 +283,15 @@ def _arguments(program: Program, request: GenerateRequest | ScoreRequest, workpl
     return arguments
 
 
+def _profiled(request: GenerateRequest | ScoreRequest) -> bool:
+    return isinstance(request, GenerateRequest) and request.profile
+
+
 def check_request(program: Program, request: GenerateRequest | ScoreRequest) -> None:
-    """UsageError where the request is empty, negative, or more than the model takes."""
+    """UsageError where the request is empty, negative, or more than the model takes or its runner does."""
+    if _profiled(request) and not binaries.runner_for(program.runtime).profiles:
+        able = ", ".join(name for name, runner in binaries.RUNNERS.items() if runner.profiles)
+        raise UsageError(f"operators can be profiled with {able} only; this bundle is for {program.runtime}")
     if isinstance(request, ScoreRequest):
         tokens, what, positions = request.tokens, "tokens", len(request.tokens)
         counts = {"threads": (request.threads, 1)}

@@ -9,7 +9,10 @@ from runtime_tests.labels import RUNTIMES, SCHEMES
 from runtime_tests.model import Deployed
 
 # Whose rounding a scheme is; the others belong to runtimes that no bundle is made for yet.
-_ROUNDING = {("onnx", "per_block"): "as the runtime does on x86"}
+_ROUNDING = {
+    ("onnx", "per_block"): "as the runtime does on x86",
+    ("executorch", "per_token"): "as the runtime does",
+}
 
 
 def quantizes_activations(recipe: Mapping[str, Any] | None) -> bool:

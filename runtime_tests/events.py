@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from boa_edge.errors import BoaEdgeError
 from devices.contract import Event, RunResult
+from runtime_tests.labels import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,21 @@ class Generation:
 def load_time(result: RunResult) -> int | None:
     """Nanoseconds that the runtime took to load the model, if the runner told."""
     return _amount(_one(result.events, "load"), "ns")
+
+
+def runtime_of(result: RunResult) -> str | None:
+    """The runtime and its version, as the runner named them, e.g. `ExecuTorch 1.5.1`."""
+    start = _one(result.events, "start") or {}
+    name, version = start.get("runtime"), start.get("runtime_version")
+    if not isinstance(name, str) or not isinstance(version, str):
+        return None
+    return f"{RUNTIMES.get(name, name)} {version}"
+
+
+def attention_of(result: RunResult) -> str | None:
+    """Whose attention kernels ran, where the runner says that they were not the runtime's."""
+    found = (_one(result.events, "start") or {}).get("attention")
+    return found if isinstance(found, str) else None
 
 
 def gather_generation(

@@ -80,7 +80,7 @@ def _margin_note(margin: Figure | None, error: Figure | None) -> str:
     if margin.number >= 0:
         text = f" There the device prefers its own token by {margin.number:.3g} logits"
     else:
-        text = f" Reading the same tokens in one call, the device prefers the other by {-margin.number:.3g} logits"
+        text = f" Scoring the same tokens, the device prefers the other by {-margin.number:.3g} logits"
     if error is not None and error.number is not None:
         text += f"; on the reference text the largest difference of a logit between the two is {error.number:.3g}"
     return text + "."

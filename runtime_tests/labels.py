@@ -8,7 +8,7 @@ from devices.contract import Execution
 from runtime_tests.figure import Figure
 
 METHODS = {"rtn": "Round-to-nearest", "gptq": "GPTQ", "boa": "BoA", "original": "Original"}
-RUNTIMES = {"onnx": "ONNX Runtime"}
+RUNTIMES = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch"}
 SCHEMES = {
     "per_block": "signed, one scale per block of inputs, found as the model runs",
     "per_token": "asymmetric, one scale per token, found as the model runs",

@@ -11,10 +11,10 @@ from pathlib import Path
 import devices
 from boa_edge import __version__
 from boa_edge.errors import BoaEdgeError
-from boa_edge.files import output_directory, write_json, write_text
+from boa_edge.files import disk_errors, output_directory, write_json, write_text
 from boa_edge.progress import say
 from devices.contract import Device, Execution, GenerateRequest, RunResult, ScoreRequest
-from runtime_tests.events import Generation, gather_generation, load_time, score_time
+from runtime_tests.events import Generation, attention_of, gather_generation, load_time, runtime_of, score_time
 from runtime_tests.facts import BundleFacts, open_bundle
 from runtime_tests.fidelity import check_logits, score
 from runtime_tests.figure import EMULATED_MEMORY, EMULATED_TIME
@@ -22,8 +22,9 @@ from runtime_tests.following import follow
 from runtime_tests.generation import compare_greedy, notes
 from runtime_tests.labels import visible
 from runtime_tests.metrics import Logits
-from runtime_tests.model import DeviceFacts, Report, Settings, Tool
+from runtime_tests.model import DeviceFacts, OperatorProfile, Report, Settings, Tool
 from runtime_tests.origin import quantization
+from runtime_tests.profiling import PROFILE, read_profile
 from runtime_tests.reading import REPORT
 from runtime_tests.report import render, to_markdown
 from runtime_tests.reproduce import commands
@@ -43,6 +44,7 @@ def measure(
     repeats: int | None = None,
     new_tokens: int = 32,
     score_tokens: int | None = None,
+    profile: bool = False,
     overwrite: bool = False,
 ) -> Report:
     """Run `bundle` on `device`, compare it with what PyTorch answered, and write `report.json`, `.html` and `.md`.
@@ -56,6 +58,7 @@ def measure(
         repeats: generation runs that count; 3, under emulation 1.
         new_tokens: to generate in each run.
         score_tokens: of the reference text; all, under emulation at most 96.
+        profile: generate once more with every operator timed, and leave the runtime's record beside the report.
         overwrite: replace an existing report.
 
     Raises:
@@ -63,7 +66,7 @@ def measure(
         UsageError: a setting is out of range, or `output` exists.
     """
     chosen = Wishes(threads, warmup, repeats, new_tokens, score_tokens)
-    return measure_together([bundle], device, output, chosen, overwrite=overwrite)[0]
+    return measure_together([bundle], device, output, chosen, profile=profile, overwrite=overwrite)[0]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,13 @@ class Wishes:
 
 
 def measure_together(
-    bundles: Sequence[Path], device: str | Device, output: Path, wishes: Wishes, *, overwrite: bool = False
+    bundles: Sequence[Path],
+    device: str | Device,
+    output: Path,
+    wishes: Wishes,
+    *,
+    profile: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Report, ...]:
     """Measure several bundles of one model on one device, one after the other.
 
@@ -93,16 +102,19 @@ def measure_together(
         check_comparable(facts)
         opened = devices.open_device(device) if isinstance(device, str) else device
         settings = [settle(one, opened.execution, **asdict(wishes)) for one in facts]
-        reports = [_measure(*one, opened) for one in zip(facts, settings, strict=True)]
-        names = variant_names([report.deployed for report in reports])
+        names = variant_names([one.deployed for one in facts])
         places = [name.replace(" ", "-").replace("/", "-") for name in names]
+        reports = []
+        for index, one in enumerate(facts):
+            place = directory / places[index] if index else directory
+            place.mkdir(exist_ok=True)
+            reports.append(_measure(one, settings[index], opened, place / PROFILE if profile else None))
         if len(reports) > 1:
             links = [None, *(f"{place}/report.html" for place in places[1:])]
             variants = tuple(map(variant, reports, names, links))
             reports[0] = reports[0].model_copy(update={"variants": variants})
         for index, report in enumerate(reports):
             place = directory / places[index] if index else directory
-            place.mkdir(exist_ok=True)
             write_json(place / REPORT, report.as_dict())
             write_text(place / "report.html", render(report))
             write_text(place / "report.md", to_markdown(report))
@@ -125,19 +137,31 @@ class _Session:
     def generate(self) -> Generation:
         """The generation runs."""
         settings = self._settings
-        request = GenerateRequest(
-            prompt=tuple(map(int, self._facts.reference.prompt)),
-            new_tokens=settings.new_tokens,
-            warmup=settings.warmup,
-            repeats=settings.repeats,
-            threads=settings.threads,
-        )
         return gather_generation(
-            self._run(request),
+            self._run(self._generation(settings.warmup, settings.repeats)),
             prompt_tokens=settings.prompt_tokens,
             new_tokens=settings.new_tokens,
             warmup=settings.warmup,
             repeats=settings.repeats,
+        )
+
+    def profile(self, path: Path) -> OperatorProfile:
+        """One generation with every operator timed; the runtime's record goes to `path`."""
+        result = self._run(self._generation(0, 1, profile=True))
+        if result.profile is None:
+            raise BoaEdgeError("the device gave no operator profile", where=self._device.name)
+        with disk_errors(path):
+            path.write_bytes(result.profile)
+        return read_profile(path, result.execution)
+
+    def _generation(self, warmup: int, repeats: int, *, profile: bool = False) -> GenerateRequest:
+        return GenerateRequest(
+            prompt=tuple(map(int, self._facts.reference.prompt)),
+            new_tokens=self._settings.new_tokens,
+            warmup=warmup,
+            repeats=repeats,
+            threads=self._settings.threads,
+            profile=profile,
         )
 
     def _run(self, request: GenerateRequest | ScoreRequest) -> RunResult:
@@ -151,7 +175,7 @@ class _Session:
         return result
 
 
-def _measure(facts: BundleFacts, settings: Settings, device: Device) -> Report:
+def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Path | None = None) -> Report:
     session = _Session(facts, device, settings)
     execution = device.execution
     decode = load_decoder(facts.path)
@@ -166,6 +190,10 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device) -> Report:
     greedy = compare_greedy(reference, generation, decode, lambda tokens: session.score(tokens)[-1], execution)
 
     loads = [ns for ns in map(load_time, session.results) if ns is not None]
+    operators = None
+    if profile is not None:
+        say(f"{name}: generating once more, every operator timed ({execution})")
+        operators = session.profile(profile)
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool=Tool(version=__version__, python=platform.python_version(), platform=platform.platform()),
@@ -178,6 +206,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device) -> Report:
         memory=memory(generation, execution),
         samples=samples(generation, loads, score_time(session.results[0]), execution),
         quantization=quantization(facts.provenance, facts.deployed.recipe),
+        profile=operators,
         reproduce=commands(facts.deployed, facts.provenance, settings, device.name),
         notes=(*notes(greedy, fidelity, facts.deployed), *_execution_notes(execution)),
     )
@@ -187,6 +216,8 @@ def _device_facts(device: Device, results: Sequence[RunResult]) -> DeviceFacts:
     return DeviceFacts(
         name=device.name,
         execution=device.execution,
+        runtime=runtime_of(results[0]),
+        attention=attention_of(results[0]),
         fingerprint=device.fingerprint(),
         programs={name: digest for result in results for name, digest in result.files.items()},
         commands=tuple(result.command for result in results),

@@ -62,10 +62,17 @@ class Deployed(Frozen):
 
 
 class DeviceFacts(Frozen):
-    """Where it ran: what the device says of itself, and exactly which programs ran."""
+    """Where it ran: what the device says of itself, and exactly which programs ran.
+
+    Attributes:
+        runtime: the runtime and its version, as the runner named them.
+        attention: whose attention kernels ran, and for which instruction set, where they are not the runtime's own.
+    """
 
     name: str
     execution: Execution
+    runtime: str | None = None
+    attention: str | None = None
     fingerprint: dict[str, Any]
     programs: dict[str, str]
     commands: tuple[tuple[str, ...], ...]
@@ -304,6 +311,30 @@ class Quantization(Frozen):
     outliers: OutlierFacts | None = None
 
 
+class OperatorTime(Frozen):
+    """All calls of one operator. `delegated`: the runtime's backend ran it."""
+
+    name: str
+    delegated: bool
+    calls: Count
+    ns: Count
+
+
+class OperatorProfile(Frozen):
+    """One generation, recorded in a run of its own: recording slows it down.
+
+    Attributes:
+        file: the runtime's own record, beside the report.
+        rest_ns: what no operator accounts for.
+    """
+
+    file: str
+    execution: Execution
+    total_ns: Count
+    rest_ns: Count
+    operators: tuple[OperatorTime, ...]
+
+
 class Variant(Frozen):
     """One of several bundles of the same model that were measured together: one device, text, prompt and settings.
 
@@ -345,6 +376,7 @@ class Report(Frozen):
     samples: Samples
     quantization: Quantization
     variants: tuple[Variant, ...] = ()
+    profile: OperatorProfile | None = None
     reproduce: tuple[str, ...]
     notes: tuple[str, ...]
 

@@ -18,6 +18,7 @@ from tiny_llm import ATTENTION, QUANTIZED, VOCABULARY, Shape, build_program, wri
 from boa_edge.errors import BoaEdgeError, UsageError
 from devices import GenerateRequest, RunResult, ScoreRequest, open_device
 from devices.binaries import RUNNERS, files_for
+from runtime_tests.profiling import read_profile
 
 EMULATED = [pytest.param(name, marks=pytest.mark.emulated) for name in ("arm64", "arm64-a53")]
 DEVICES = ["host", *EMULATED]
@@ -136,6 +137,40 @@ def test_the_number_of_threads_changes_nothing(bundles: dict[str, Path]) -> None
     assert two.events[0]["threads"] == 2
 
 
+@pytest.mark.parametrize("device", ["host", EMULATED[0]])
+def test_a_profile_counts_every_call(bundles: dict[str, Path], tmp_path: Path, device: str) -> None:
+    request = GenerateRequest(
+        text(QUANTIZED, 20), 5, profile=True
+    )  # two calls for the prompt, four for the tokens after
+    result = open_device(device).run(bundles["quantized"], request)
+    assert result.profile is not None
+    (tmp_path / "p.etdump").write_bytes(result.profile)
+    profile = read_profile(tmp_path / "p.etdump", result.execution)
+    calls = {entry.name: entry.calls for entry in profile.operators}
+    assert calls["llama::custom_sdpa"] == 6
+    assert calls["llama::update_cache"] == 2 * 6
+    assert sum(entry.ns for entry in profile.operators) + profile.rest_ns == profile.total_ns
+    linears = [entry for entry in profile.operators if "QB4W" in entry.name]
+    assert linears
+    assert all(entry.delegated for entry in linears)
+    assert sum(entry.calls for entry in linears) == 3 * 6
+    assert profile.execution == ("measured" if device == "host" else "emulated")
+
+
+def test_without_being_asked_there_is_no_profile(bundles: dict[str, Path], tiny_bundle: Path) -> None:
+    device = open_device("host")
+    assert device.run(bundles["quantized"], GenerateRequest((1,), 1)).profile is None
+    with pytest.raises(UsageError, match="executorch only; this bundle is for onnx"):
+        device.run(tiny_bundle, GenerateRequest((1,), 1, profile=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"no profile", b"\x18\0\0\0ED00" + bytes(64)])
+def test_a_damaged_profile_is_one_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.etdump").write_bytes(content)
+    with pytest.raises(BoaEdgeError, match=r"p\.etdump"):
+        read_profile(tmp_path / "p.etdump", "measured")
+
+
 @pytest.mark.parametrize(
     "request_", [GenerateRequest((1, 2), 64), ScoreRequest((1,) * 65), ScoreRequest((VOCABULARY,))]
 )
@@ -155,7 +190,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_runs(
         ({"form": "qdq"}, "'form' is \"qdq\"; it must be llm"),
         ({"vocab_size": VOCABULARY + 1}, "logits file of"),
         ({"session_config": {"a": "b"}}, "has no settings"),
-        ({"runtime": "tensorflow"}, "it must be onnx or executorch"),
+        ({"runtime": "tensorflow"}, "no runner for runtime 'tensorflow'"),
     ],
 )
 def test_a_bundle_that_disagrees_with_its_program_is_one_error(
