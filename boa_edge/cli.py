@@ -147,6 +147,7 @@ def measure(
     repeats: Annotated[int | None, typer.Option(min=1, help="Counted runs.")] = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to generate per run.")] = None,
     score_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to score for the accuracy figures.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="executorch: also time every operator, once.")] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Run a bundle on a device: report.json, report.html and report.md."""
@@ -161,7 +162,7 @@ def measure(
         "score_tokens": score_tokens,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
-    reports = measure_together(bundles, device, output, Wishes(**given), overwrite=overwrite)
+    reports = measure_together(bundles, device, output, Wishes(**given), profile=profile, overwrite=overwrite)
     for report in reports:
         print_summary(report)
     _finish(reports[0].summary())
