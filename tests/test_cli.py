@@ -75,7 +75,8 @@ def test_the_installed_command_ends_with_one_json_document() -> None:
     command = [str(Path(sys.executable).with_name("boa-edge")), "devices"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     names = [device["name"] for device in json.loads(done.stdout.splitlines()[-1])["devices"]]
-    assert names[:3] == ["host", "arm64", "arm64-a53"]
+    assert names[0] == "host"
+    assert {"android", "arm64", "arm64-a53", "arm64-i8mm", "ssh"} <= set(names)
 
 
 @pytest.mark.parametrize(
