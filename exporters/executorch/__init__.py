@@ -38,7 +38,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         runtime="executorch",
         model=MODEL,
         form="llm",
-        activations="int8",
+        activations=request.activations,
         session_config={},
         context_length=bound.context,
         eos_token_ids=ends,
@@ -50,7 +50,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         prefill_length=bound.prefill,
     )
     constants = Constants()
-    segments = Segments(checkpoint, constants)
+    segments = Segments(checkpoint, constants, request.activations)
     operators: Counter[str] = Counter()
     delegates, changed = [], False
     for index in track(range(spec.layers + 1), "writing delegates"):
@@ -76,7 +76,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         "float_linears": sorted(segments.kept),
     }
     write_json(directory / LOWERING, document)
-    notes = (*_notes(checkpoint, segments.kept), _summary(document))
+    notes = (*_notes(checkpoint, request, segments.kept), _summary(document))
     return Lowered(len(segments.linears), constants.size + decoder.table_bytes, notes)
 
 
@@ -98,10 +98,10 @@ def metadata(runtime: RuntimeConfig) -> dict[str, Any]:
     return found
 
 
-def _notes(checkpoint: Checkpoint, kept: set[str]) -> list[str]:
+def _notes(checkpoint: Checkpoint, request: Request, kept: set[str]) -> list[str]:
     notes = []
     plan = checkpoint.activations
-    if plan is not None and plan.format.scheme != "per_token":
+    if plan is not None and plan.format.scheme != "per_token" and request.activations == "int8":
         notes.append(
             f"the checkpoint was made for activations {plan.format.scheme}; XNNPACK quantizes them per token, "
             "so its figures differ from the recorded ones"
@@ -116,8 +116,8 @@ def _notes(checkpoint: Checkpoint, kept: set[str]) -> list[str]:
     ]
     if kept:
         notes.append(
-            f"{len(kept)} linears keep float32 inputs: their weights stand dequantized, at eight times the size of "
-            "4-bit ones"
+            f"{len(kept)} linears keep float32 inputs, for which XNNPACK has no weights in groups: they stand "
+            "dequantized, at eight times the size of 4-bit ones"
         )
     return notes
 

@@ -134,7 +134,7 @@ class Delegate:
         return self._fully_connected(x, self.constant(weight), bias)
 
     def quantized_linear(self, x: Value, weight: QuantizedWeight, bias: np.ndarray | None = None) -> Value:
-        """The same for codes, with x from `quantize`.
+        """The same for codes, with x from `quantize`; or float32, for codes with one scale per output channel.
 
         Raises:
             ValueError: XNNPACK has no such weight (`exporters.executorch.lowerable` says why).

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from boa_edge.errors import BoaEdgeError, UsageError
-from exporters.base import Request
+from exporters.base import Activations, Request
 from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
 from toolchain.families import DecoderSpec
 from toolchain.quantized import QuantizedWeight
@@ -96,12 +96,6 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
             where=config,
             fix=f"Accepted: {ACCEPTED}",
         )
-    if request.activations != "int8":
-        raise UsageError(
-            "ExecuTorch's XNNPACK delegate computes with int4 weights only on int8 activations",
-            where="--activations",
-            fix="Leave it out, or export to onnx",
-        )
     context = lengths(spec, request).context
     if windows := [each.window for each in spec.attention if each.window and each.window < context]:
         raise BoaEdgeError(
@@ -116,17 +110,17 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
             fix="Quantize with a recipe without kv_cache",
         )
     plan = checkpoint.activations
-    if plan is not None and plan.format.scheme.startswith("static"):
+    if plan is not None and plan.format.scheme.startswith("static") and request.activations == "int8":
         raise BoaEdgeError(
             f"the activations are {plan.format.scheme}, for which XNNPACK has no kernel with int4 weights",
             where=checkpoint.path / ACTIVATIONS,
             fix="Quantize with activations of scheme per_token",
         )
-    _check_weights(checkpoint, config)
-    _check_table(checkpoint)
+    _check_weights(checkpoint, config, request.activations)
+    _check_table(checkpoint, request.activations)
 
 
-def _check_weights(checkpoint: Checkpoint, config: Path) -> None:
+def _check_weights(checkpoint: Checkpoint, config: Path, activations: Activations) -> None:
     for module, scheme in schemes(checkpoint):
         where = f"{checkpoint.path / 'model.safetensors'}: {module}"
         if not scheme.symmetric and _has_zero_points(checkpoint.quantized(module)):
@@ -143,6 +137,8 @@ def _check_weights(checkpoint: Checkpoint, config: Path) -> None:
                 where=config,
                 fix="Quantize 8-bit linears with one scale per output channel (group_size: null)",
             )
+        if activations == "float32":
+            raise _no_float_inputs(module, config)
         if scheme.group_size % _GROUP:
             raise BoaEdgeError(
                 f"{module}: groups of {scheme.group_size}; XNNPACK takes multiples of {_GROUP}",
@@ -152,7 +148,7 @@ def _check_weights(checkpoint: Checkpoint, config: Path) -> None:
         _check_scales(checkpoint.tensor(f"{module}.weight_scale"), where)
 
 
-def _check_table(checkpoint: Checkpoint) -> None:
+def _check_table(checkpoint: Checkpoint, activations: Activations) -> None:
     spec = checkpoint.spec
     if not checkpoint.is_quantized(spec.embedding):
         return
@@ -172,11 +168,21 @@ def _check_table(checkpoint: Checkpoint) -> None:
             where=where,
             fix="Quantize with one scale per row: in the recipe, embedding: {bits: 8, group_size: null}",
         )
+    if activations == "float32":
+        raise _no_float_inputs("the head", where)
     if table.group_size % _GROUP:
         fix = f"In the recipe, embedding: {{bits: {table.bits}, group_size: {_GROUP}}}, or null for one scale per row"
         problem = f"the head is a table in groups of {table.group_size}; XNNPACK takes multiples of {_GROUP}"
         raise BoaEdgeError(problem, where=where, fix=fix)
     _check_scales(table.scales, str(where))
+
+
+def _no_float_inputs(what: str, where: Path) -> BoaEdgeError:
+    return BoaEdgeError(
+        f"{what}: weights in groups, for which XNNPACK takes int8 inputs only",
+        where=where,
+        fix="Export without --activations float32, or quantize with one scale per output channel",
+    )
 
 
 def _has_zero_points(weight: QuantizedWeight) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from boa_edge.errors import BoaEdgeError
+from exporters.base import Activations
 from exporters.executorch.constants import Constants
 from exporters.executorch.delegate import Delegate, Value
 from toolchain.checkpoint import Checkpoint
@@ -33,11 +34,12 @@ class Segments:
 
     Attributes:
         linears: modules that stand as integer codes, the head among them.
-        kept: modules whose codes stand dequantized, in float32, since their inputs stay so.
+        kept: modules whose codes stand dequantized, since XNNPACK has none in groups for float32 inputs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, constants: Constants) -> None:
+    def __init__(self, checkpoint: Checkpoint, constants: Constants, activations: Activations) -> None:
         self.checkpoint, self.constants, self.spec = checkpoint, constants, checkpoint.spec
+        self.activations = activations
         self.products = online_products(checkpoint.spec, checkpoint.transforms)
         self.linears: set[str] = set()
         self.kept: set[str] = set()
@@ -147,11 +149,12 @@ class Segments:
 
     def _codes(self, d: Delegate, x: _Input, module: str, weight: QuantizedWeight, bias: np.ndarray | None) -> Value:
         plan = self.checkpoint.activations
-        if plan is not None and module in plan.kept:
+        in_float = self.activations == "float32" or (plan is not None and module in plan.kept)
+        if in_float and weight.group_size is not None:
             self.kept.add(module)
             return d.linear(x.value, weight.dequantize().numpy(), bias)
         self.linears.add(module)
-        return d.quantized_linear(x.quantized(d), weight, bias)
+        return d.quantized_linear(x.value if in_float else x.quantized(d), weight, bias)
 
     def _product(self, d: Delegate, x: Value, module: str, place: Place) -> Value:
         for product in self.products:

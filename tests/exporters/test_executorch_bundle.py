@@ -80,7 +80,7 @@ def test_scales_refused(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest
 
 
 WISHES: list[tuple[dict[str, Any], str]] = [
-    ({"activations": "float32"}, r"--activations: .*only on int8 activations"),
+    ({"activations": "float32"}, r"q_proj: weights in groups, for which XNNPACK takes int8 inputs only"),
     ({"context_length": 129}, r"--context: a context of 129 tokens.*1 to 128"),
     ({"context_length": 0}, r"--context: a context of 0 tokens"),
     ({"context_length": 16, "prefill_length": 17}, r"--prefill: a prefill of 17 tokens.*1 to 16"),
@@ -185,9 +185,21 @@ def test_kept_linears(make_tiny: MakeTiny, tmp_path: Path) -> None:
     plan = plan_of(tiny.checkpoint, kept)
     write_json(tiny.path / ACTIVATIONS, plan.to_document())
     result = export(tiny.path, "executorch", tmp_path / "bundle", prefill_length=8)
-    assert result.quantized_linears == 5
-    assert any("3 linears keep float32 inputs" in note for note in result.notes)
+    # The head has one scale per row: float inputs meet its codes.
+    assert result.quantized_linears == 6
+    assert any("2 linears keep float32 inputs" in note for note in result.notes)
     check_logits(tiny.path, ExecutorchDecoder.open(Bundle.open(tmp_path / "bundle")), 30, plan)
+
+
+def test_float_activations(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Codes with one scale per output channel meet float32 inputs: no ties, all logits agree to float rounding."""
+    tiny = make_tiny(group_size=None, module_bits={"model.layers.0.mlp.up_proj": 8})
+    result = export(tiny.path, "executorch", tmp_path / "bundle", activations="float32", prefill_length=8)
+    assert result.quantized_linears == 15
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.runtime.activations == "float32"
+    plan = plan_of(tiny.checkpoint, frozenset(modules_of(tiny.checkpoint)))
+    check_logits(tiny.path, ExecutorchDecoder.open(bundle), 30, plan, exact=True)
 
 
 def test_one_token_at_a_time(make_tiny: MakeTiny, tmp_path: Path) -> None:
