@@ -28,18 +28,24 @@ struct Attention {
     float scale = 1;
 };
 
-constexpr std::int64_t kTile = 64;      // keys in a tile: they and their values stay in the first-level cache
-constexpr std::int64_t kRows = 48;      // rows that a task aims at: enough to use a tile of keys many times
-constexpr std::int64_t kManyRows = 12;  // from here on a tile of keys is transposed
+constexpr std::int64_t kTile = 64;      // keys in a tile at most
+constexpr std::int64_t kRows = 96;      // rows that a task aims at: enough to use a tile of keys many times
+constexpr std::int64_t kManyRows = 12;  // from here on a tile is copied: keys transposed, values side by side
+
+// Keys in a tile: a multiple of every vector's length, so that they or their values fill half of a first-level cache.
+inline std::int64_t tile_width(std::int64_t head_size) {
+    return std::clamp<std::int64_t>(4096 / head_size / 16 * 16, 16, kTile);
+}
 
 // What one task needs, kept between tasks of a thread.
 struct Scratch {
-    std::vector<float> queries, scores, transposed, sums, largest, totals;
+    std::vector<float> queries, scores, transposed, values, sums, largest, totals;
 
     void resize(std::int64_t rows, std::int64_t depth) {
         queries.resize(static_cast<std::size_t>(rows * depth));
         scores.resize(static_cast<std::size_t>(rows * kTile));
         transposed.resize(static_cast<std::size_t>(depth * kTile));
+        values.resize(static_cast<std::size_t>(depth * kTile));
         sums.assign(static_cast<std::size_t>(rows * depth), 0.0f);
         largest.assign(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
         totals.assign(static_cast<std::size_t>(rows), 0.0f);

@@ -22,13 +22,15 @@ BOA_TARGET inline Lanes load(const float* from) {
 BOA_TARGET inline void store(float* to, Lanes value) { std::memcpy(to, &value, sizeof value); }
 
 BOA_TARGET inline float sum(Lanes value) {
-    // Pairs that lie far apart first, so that the compiler halves the vector.
-    float parts[BOA_LANES];
-    std::memcpy(parts, &value, sizeof parts);
-    for (int width = BOA_LANES / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-    }
-    return parts[0];
+    typedef float Four __attribute__((vector_size(4 * sizeof(float))));
+    Four four;
+    std::memcpy(&four, &value, sizeof four);
+#if BOA_LANES == 8
+    Four upper;
+    std::memcpy(&upper, reinterpret_cast<const char*>(&value) + sizeof four, sizeof upper);
+    four += upper;
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // e^x for x <= 0 to about one unit in the last place; 0 below the smallest normal number.
@@ -103,53 +105,70 @@ BOA_TARGET inline void multiply(const float* a, std::int64_t lda, const float* b
     }
 }
 
-// scores[R][count] = queries[R][depth] keys[count][depth]^T, each key read once
-template <int R>
-BOA_TARGET inline void dots(const float* queries, std::int64_t ldq, const float* keys, std::int64_t ldk, float* scores,
-                            std::int64_t lds, std::int64_t count, std::int64_t depth) {
-    for (std::int64_t j = 0; j < count; ++j) {
-        const float* key = keys + j * ldk;
-        Lanes sums[R] = {};
-        std::int64_t d = 0;
-        for (; d + BOA_LANES <= depth; d += BOA_LANES) {
-            const Lanes part = load(key + d);
-            for (int r = 0; r < R; ++r) sums[r] += part * load(queries + r * ldq + d);
+// scores[R][K] = queries[R][depth] keys[K][depth]^T
+template <int R, int K>
+BOA_TARGET inline void dots(const float* queries, const float* keys, std::int64_t ldk, float* scores,
+                            std::int64_t depth) {
+    Lanes sums[R][K];
+    for (int r = 0; r < R; ++r) {
+        for (int k = 0; k < K; ++k) sums[r][k] = Lanes{};
+    }
+    const std::int64_t whole = depth / BOA_LANES * BOA_LANES;
+    for (std::int64_t d = 0; d < whole; d += BOA_LANES) {
+        Lanes query[R];
+        for (int r = 0; r < R; ++r) query[r] = load(queries + r * depth + d);
+        for (int k = 0; k < K; ++k) {
+            const Lanes key = load(keys + k * ldk + d);
+            for (int r = 0; r < R; ++r) sums[r][k] += key * query[r];
         }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int k = 0; k < K; ++k) scores[r * kTile + k] = sum(sums[r][k]);
+    }
+    for (std::int64_t d = whole; d < depth; ++d) {
         for (int r = 0; r < R; ++r) {
-            float total = sum(sums[r]);
-            for (std::int64_t rest = d; rest < depth; ++rest) total += key[rest] * queries[r * ldq + rest];
-            scores[r * lds + j] = total;
+            for (int k = 0; k < K; ++k) scores[r * kTile + k] += keys[k * ldk + d] * queries[r * depth + d];
         }
     }
 }
 
+template <int R, int K>
+BOA_TARGET inline void score_rows(const float* queries, const float* keys, std::int64_t ldk, float* scores,
+                                  std::int64_t key_count, std::int64_t depth) {
+    std::int64_t j = 0;
+    for (; j + K <= key_count; j += K) dots<R, K>(queries, keys + j * ldk, ldk, scores + j, depth);
+    for (; j < key_count; ++j) dots<R, 1>(queries, keys + j * ldk, ldk, scores + j, depth);
+}
+
+// Few rows: they stay in registers, as many as there are, while the keys go by.
 BOA_TARGET inline void score_few(const float* queries, const float* keys, std::int64_t ldk, float* scores,
                                  std::int64_t count, std::int64_t key_count, std::int64_t depth) {
     std::int64_t r = 0;
     for (; r + 4 <= count; r += 4) {
-        dots<4>(queries + r * depth, depth, keys, ldk, scores + r * kTile, kTile, key_count, depth);
+        score_rows<4, 2>(queries + r * depth, keys, ldk, scores + r * kTile, key_count, depth);
     }
     queries += r * depth;
     scores += r * kTile;
     switch (count - r) {
-        case 3: return dots<3>(queries, depth, keys, ldk, scores, kTile, key_count, depth);
-        case 2: return dots<2>(queries, depth, keys, ldk, scores, kTile, key_count, depth);
-        case 1: return dots<1>(queries, depth, keys, ldk, scores, kTile, key_count, depth);
+        case 3: return score_rows<3, 4>(queries, keys, ldk, scores, key_count, depth);
+        case 2: return score_rows<2, 4>(queries, keys, ldk, scores, key_count, depth);
+        case 1: return score_rows<1, 4>(queries, keys, ldk, scores, key_count, depth);
         default: return;
     }
 }
 
 // Many rows share a tile of keys, so transposing it first pays: the vectors then run over the keys.
 BOA_TARGET inline void score_many(const float* queries, const float* keys, std::int64_t ldk, float* transposed,
-                                  float* scores, std::int64_t count, std::int64_t key_count, std::int64_t depth) {
+                                  float* scores, std::int64_t count, std::int64_t key_count, std::int64_t depth,
+                                  std::int64_t width) {
     for (std::int64_t j = 0; j < key_count; ++j) {
-        for (std::int64_t d = 0; d < depth; ++d) transposed[d * kTile + j] = keys[j * ldk + d];
+        for (std::int64_t d = 0; d < depth; ++d) transposed[d * width + j] = keys[j * ldk + d];
     }
-    for (std::int64_t j = key_count; j < kTile; ++j) {
-        for (std::int64_t d = 0; d < depth; ++d) transposed[d * kTile + j] = 0.0f;
+    for (std::int64_t j = key_count; j < width; ++j) {
+        for (std::int64_t d = 0; d < depth; ++d) transposed[d * width + j] = 0.0f;
     }
     std::fill(scores, scores + count * kTile, 0.0f);
-    multiply(queries, depth, transposed, kTile, scores, kTile, count, depth, kTile);
+    multiply(queries, depth, transposed, width, scores, kTile, count, depth, width);
 }
 
 // One row of a tile: scores become weights relative to the row's largest score so far. Gives the factor by which what
@@ -198,14 +217,22 @@ BOA_TARGET inline void attend(const Attention& a, std::int64_t kv_head, std::int
         const float* query = a.query + ((first + r / group) * a.heads + kv_head * group + r % group) * depth;
         for (std::int64_t d = 0; d < depth; ++d) queries[r * depth + d] = query[d] * a.scale;
     }
-    for (std::int64_t tile = 0; tile < key_count; tile += kTile) {
-        const std::int64_t here = std::min(kTile, key_count - tile);
+    const std::int64_t width = tile_width(depth);
+    for (std::int64_t tile = 0; tile < key_count; tile += width) {
+        const std::int64_t here = std::min(width, key_count - tile);
         const float* keys = a.key + tile * stride + kv_head * depth;
         const float* values = a.value + tile * stride + kv_head * depth;
+        std::int64_t value_stride = stride;
         if (count < kManyRows) {
             score_few(queries, keys, stride, scores, count, here, depth);
         } else {
-            score_many(queries, keys, stride, scratch.transposed.data(), scores, count, here, depth);
+            score_many(queries, keys, stride, scratch.transposed.data(), scores, count, here, depth, width);
+            // Rows that lie a power of two apart would push each other out of the cache.
+            for (std::int64_t j = 0; j < here; ++j) {
+                std::copy_n(values + j * stride, depth, scratch.values.data() + j * depth);
+            }
+            values = scratch.values.data();
+            value_stride = depth;
         }
         for (std::int64_t r = 0; r < count; ++r) {
             const std::int64_t query = first + r / group;
@@ -222,7 +249,7 @@ BOA_TARGET inline void attend(const Attention& a, std::int64_t kv_head, std::int
                 for (std::int64_t d = 0; d < depth; ++d) sums[r * depth + d] *= shrink;
             }
         }
-        multiply(scores, kTile, values, stride, sums, depth, count, here, depth);
+        multiply(scores, kTile, values, value_stride, sums, depth, count, here, depth);
     }
     for (std::int64_t r = 0; r < count; ++r) {
         float* out = a.out + ((first + r / group) * a.heads + kv_head * group + r % group) * depth;

@@ -81,21 +81,19 @@ void update_cache(KernelRuntimeContext& context, Arguments arguments) {
 void attend_all(const boa::Attention& attention) {
     const std::int64_t width = boa::queries_per_task(attention);
     const std::int64_t blocks = (attention.queries + width - 1) / width;
-    const std::int64_t tasks = blocks * attention.kv_heads;
-    const auto run = [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t tasks = attention.kv_heads * blocks;
+    // Tasks of one key-value head follow each other: its cache is then read once from memory.
+    const auto run = [&](std::size_t task) {
         thread_local boa::Scratch scratch;
-        for (std::int64_t task = begin; task < end; ++task) {
-            // The last block has the most keys to look at, so it goes first.
-            const std::int64_t first = (blocks - 1 - task / attention.kv_heads) * width;
-            const std::int64_t last = std::min(first + width, attention.queries);
-            kernel.attend(attention, task % attention.kv_heads, first, last, scratch);
-        }
+        const std::int64_t first = static_cast<std::int64_t>(task) % blocks * width;
+        const std::int64_t last = std::min(first + width, attention.queries);
+        kernel.attend(attention, static_cast<std::int64_t>(task) / blocks, first, last, scratch);
     };
     const std::int64_t keys = attention.causal ? attention.start + attention.queries : attention.keys;
     if (tasks > 1 && attention.queries * attention.heads * attention.head_size * keys >= kWorthThreads) {
-        executorch::extension::parallel_for(0, tasks, 1, run);
+        executorch::extension::threadpool::get_threadpool()->run(run, static_cast<std::size_t>(tasks));
     } else {
-        run(0, tasks);
+        for (std::int64_t task = 0; task < tasks; ++task) run(static_cast<std::size_t>(task));
     }
 }
 

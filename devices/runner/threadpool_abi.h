@@ -7,9 +7,7 @@
 
 #include <executorch/runtime/core/function_ref.h>
 
-namespace executorch::extension {
-
-namespace threadpool {
+namespace executorch::extension::threadpool {
 
 // Only ever seen through the pointer that get_threadpool gives.
 class ThreadPool {
@@ -17,14 +15,10 @@ class ThreadPool {
     ThreadPool() = delete;
     std::size_t get_thread_count() const;
     bool _unsafe_reset_threadpool(std::uint32_t threads);  // unsafe: nothing may run meanwhile
+    // Calls `task` with every number below `count`, on all threads, the calling one among them; returns after the last.
+    void run(runtime::FunctionRef<void(std::size_t)> task, std::size_t count);
 };
 
 ThreadPool* get_threadpool();
 
-}  // namespace threadpool
-
-// Calls `task` for parts of [begin, end) on the threads of the pool, the calling one among them.
-bool parallel_for(const std::int64_t begin, const std::int64_t end, const std::int64_t grain,
-                  runtime::FunctionRef<void(std::int64_t, std::int64_t)> task);
-
-}  // namespace executorch::extension
+}  // namespace executorch::extension::threadpool
