@@ -12,7 +12,7 @@ from typing import Any
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import disk_errors
-from devices import tools
+from devices import instructions, tools
 from devices.binaries import LOADER, Target
 from devices.contract import Execution
 from devices.fake_files import fake_files
@@ -81,19 +81,25 @@ class QemuTransport:
                     (prefix / name).parent.mkdir(parents=True, exist_ok=True)
                     (prefix / name).write_text(content, encoding="ascii")
                 (directory / "files").mkdir()
-            yield QemuWorkplace(directory / "files", (str(emulator), "-cpu", chosen, "-L", str(prefix)))
+            emulate = (str(emulator), "-cpu", chosen, "-L", str(prefix))
+            yield QemuWorkplace(directory / "files", emulate, instructions.plugin_for(emulator))
 
 
 class QemuWorkplace(LocalWorkplace):
     """A directory here whose programs run under the emulator, with the C library that was pushed along."""
 
-    def __init__(self, directory: Path, emulate: tuple[str, ...]) -> None:
+    def __init__(self, directory: Path, emulate: tuple[str, ...], plugin: Path | None = None) -> None:
         super().__init__(directory)
         self._emulate = emulate
+        self._counts = directory.parent / "instructions"
+        self._plugin = () if plugin is None else instructions.option(plugin, self._counts)
 
     def command(self, program: str, arguments: Sequence[str]) -> tuple[str, ...]:
         loader = (self.path(LOADER), "--library-path", str(self.directory))
-        return (*self._emulate, *loader, self.path(program), *arguments)
+        return (*self._emulate, *self._plugin, *loader, self.path(program), *arguments)
+
+    def instructions(self) -> tuple[int, ...] | None:
+        return instructions.read_counts(self._counts) if self._plugin else None
 
 
 def _choose_cpu(emulator: Path, cpu: Cpu) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import devices
 from boa_edge import __version__
@@ -14,6 +15,7 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.files import disk_errors, output_directory, write_json, write_text
 from boa_edge.progress import say
 from devices.contract import Device, Execution, GenerateRequest, RunResult, ScoreRequest
+from runtime_tests.cost import cost
 from runtime_tests.events import Generation, attention_of, gather_generation, load_time, runtime_of, score_time
 from runtime_tests.facts import BundleFacts, open_bundle
 from runtime_tests.fidelity import check_logits, score
@@ -31,6 +33,7 @@ from runtime_tests.reproduce import commands
 from runtime_tests.settings import settle
 from runtime_tests.speed import memory, samples, speed
 from runtime_tests.text import load_decoder
+from runtime_tests.throttling import throttling_notes
 from runtime_tests.variants import check_comparable, variant, variant_names
 
 
@@ -204,11 +207,17 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         generation=greedy,
         speed=speed(generation, loads, execution),
         memory=memory(generation, execution),
+        cost=cost(session.results),
         samples=samples(generation, loads, score_time(session.results[0]), execution),
         quantization=quantization(facts.provenance, facts.deployed.recipe),
         profile=operators,
         reproduce=commands(facts.deployed, facts.provenance, settings, device.name),
-        notes=(*notes(greedy, fidelity, facts.deployed), *_execution_notes(execution)),
+        notes=(
+            *notes(greedy, fidelity, facts.deployed),
+            *throttling_notes(session.results, generation, execution),
+            *dict.fromkeys(note for result in session.results for note in result.notes),
+            *_execution_notes(execution),
+        ),
     )
 
 
@@ -219,9 +228,17 @@ def _device_facts(device: Device, results: Sequence[RunResult]) -> DeviceFacts:
         runtime=runtime_of(results[0]),
         attention=attention_of(results[0]),
         fingerprint=device.fingerprint(),
+        state=_state(results),
         programs={name: digest for result in results for name, digest in result.files.items()},
         commands=tuple(result.command for result in results),
     )
+
+
+def _state(results: Sequence[RunResult]) -> dict[str, dict[str, Any]] | None:
+    """Before the first run and after the last."""
+    if not (results[0].state and results[-1].state):
+        return None
+    return {"before": results[0].state["before"], "after": results[-1].state["after"]}
 
 
 def _execution_notes(execution: Execution) -> list[str]:

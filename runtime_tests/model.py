@@ -67,6 +67,7 @@ class DeviceFacts(Frozen):
     Attributes:
         runtime: the runtime and its version, as the runner named them.
         attention: whose attention kernels ran, and for which instruction set, where they are not the runtime's own.
+        state: temperatures, clocks and battery `before` the first run and `after` the last, where there are probes.
     """
 
     name: str
@@ -74,6 +75,7 @@ class DeviceFacts(Frozen):
     runtime: str | None = None
     attention: str | None = None
     fingerprint: dict[str, Any]
+    state: dict[str, dict[str, Any]] | None = None
     programs: dict[str, str]
     commands: tuple[tuple[str, ...], ...]
 
@@ -166,6 +168,18 @@ class Memory(Frozen):
 
     peak_rss: Figure
     rss: Figure
+
+
+class Cost(Frozen):
+    """What does not depend on how busy the machine was: medians over the counted runs and their tokens.
+
+    Attributes:
+        instructions_prompt: from the load, or the run before, to the first token.
+        instructions_per_token: of each token after the first.
+    """
+
+    instructions_prompt: Figure
+    instructions_per_token: Figure
 
 
 class RunSamples(Frozen):
@@ -373,6 +387,7 @@ class Report(Frozen):
     generation: GreedyGeneration
     speed: Speed
     memory: Memory
+    cost: Cost | None = None
     samples: Samples
     quantization: Quantization
     variants: tuple[Variant, ...] = ()
@@ -402,6 +417,7 @@ class Report(Frozen):
             "token_time_p50": self.speed.token_time_p50,
             "token_time_p95": self.speed.token_time_p95,
             "peak_rss": self.memory.peak_rss,
+            "instructions_per_token": self.cost.instructions_per_token if self.cost else None,
         }
         match = self.generation.against_quantized
         return {

@@ -52,4 +52,5 @@ def main_figures(report: Report) -> list[tuple[str, Figure | None]]:
         ("Largest logit difference from it", scores.max_logit_error_from_quantized),
         *((label(name, execution), getattr(report.speed, name)) for name in type(report.speed).model_fields),
         (label("peak_rss", execution), report.memory.peak_rss),
+        *((("Instructions per token", report.cost.instructions_per_token),) if report.cost else ()),
     ]

@@ -106,6 +106,14 @@ COMPARABLES: tuple[Comparable, ...] = (
     ),
     Comparable("token_p50_ms", "Token, p50", "less", "speed", "ms", lambda r: r.speed.token_time_p50, 1, _token_ms),
     Comparable("token_p95_ms", "Token, p95", "less", "speed", "ms", lambda r: r.speed.token_time_p95, 1, _token_ms, 95),
+    Comparable(
+        "instructions",
+        "Instructions per token",
+        "less",
+        "speed",
+        "",
+        lambda r: r.cost.instructions_per_token if r.cost else None,
+    ),
     Comparable("peak_rss_mb", "Peak memory", "less", "memory", "MB", lambda r: r.memory.peak_rss, 1e-6),
 )
 BY_NAME = {entry.name: entry for entry in COMPARABLES}

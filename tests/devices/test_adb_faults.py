@@ -24,6 +24,8 @@ from devices.contract import Event
 from devices.device import RunnerDevice
 from devices.profile import read_profile
 from devices.transport import ConnectionLostError
+from runtime_tests.events import gather_generation
+from runtime_tests.throttling import throttling_notes
 
 EVENTS = script(GENERATE)
 RIGHT = 'cat "$here/events"'
@@ -461,3 +463,28 @@ def test_temperatures_and_clocks_are_read_before_and_after(make: Make, daemon: A
     assert state["after"]["temperatures_c"] == {"zone0:cpu": 78.0}
     assert (state["before"]["thermal_status"], state["after"]["thermal_status"]) == (0, 3)
     assert state["before"]["battery"] == {"level_percent": 81, "temperature_c": 26.4, "powered_by": ["USB"]}
+
+
+def test_a_phone_that_throttles_is_found_out_twice(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    request = GenerateRequest((1, 2, 3), 40)
+
+    def notes(slow: int, status: int) -> list[str]:
+        events = script(request)
+        for event in events:
+            if event["event"] == "token" and event["i"] >= 27:
+                event["ns"] = slow
+            elif "ns" in event:
+                event["ns"] = 20_000
+        daemon.phone.dumpsys(thermal=status)
+        result = make(events=events).run(tiny_bundle, request)
+        assert result.execution == "measured"
+        runs = gather_generation(result, prompt_tokens=3, new_tokens=40, warmup=0, repeats=1)
+        return throttling_notes([result], runs, result.execution)
+
+    daemon.phone.properties["ro.boot.qemu"] = ""
+    daemon.phone.boot()
+    assert notes(20_000, 0) == []
+    (slow,) = notes(36_000, 0)
+    assert "took 1.80 times as long" in slow
+    (hot,) = notes(20_000, 3)
+    assert "status 3 (severe)" in hot
