@@ -21,7 +21,7 @@ export DEVICE MODEL RECIPE RUNTIME OUT CALIBRATION TEXT PYTEST_ARGS BENCH_ARGS
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
-setup: ## .venv, system packages, the ARM64 library and the runners; a second run does nothing
+setup: ## .venv, system packages, the ARM64 libraries and the runners; a second run does nothing
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" scripts/setup.py
 
