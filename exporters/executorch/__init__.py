@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from boa_edge.files import write_json
-from boa_edge.progress import say, track
 from exporters.base import Decoder, Exporter, Lowered, Request
 from exporters.bundle import RUNTIME, SCHEMA_VERSION, Bundle, RuntimeConfig, token_ids
 from exporters.executorch.lowerable import check, lengths, schemes
@@ -24,10 +22,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         BoaEdgeError: the checkpoint is broken, or the program fails a check.
     """
     # Here, since an export to another runtime should not wait for ExecuTorch's modules.
-    from exporters.executorch.constants import Constants
-    from exporters.executorch.decoder import DecoderProgram
-    from exporters.executorch.program import BACKEND, write_program
-    from exporters.executorch.segments import Segments
+    from exporters.executorch.lowering import write_decoder
     from exporters.executorch.verify import verify
 
     spec = checkpoint.spec
@@ -49,35 +44,13 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         head_dim=spec.head_dim,
         prefill_length=bound.prefill,
     )
-    constants = Constants()
-    segments = Segments(checkpoint, constants, request.activations)
-    operators: Counter[str] = Counter()
-    delegates, changed = [], False
-    for index in track(range(spec.layers + 1), "writing delegates"):
-        delegate = segments.build(index, bound.prefill)
-        changed = changed or (index == 0 and len(delegate.outputs) > 3)
-        operators += delegate.operators
-        delegates.append(delegate.serialize())
-    decoder = DecoderProgram(checkpoint, bound, changed)
-    say("writing the program")
-    written = write_program(
-        decoder, decoder.example(), decoder.sizes(), delegates, constants, directory / MODEL, metadata(runtime)
-    )
-    size = (directory / MODEL).stat().st_size
-    verify(directory / MODEL, runtime, size)
+    model = directory / MODEL
+    lowering = write_decoder(checkpoint, bound, request.activations, metadata(runtime), model)
+    verify(model, runtime, model.stat().st_size)
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
-    document = {
-        "schema_version": 1,
-        "backend": BACKEND,
-        "delegates": len(delegates),
-        "delegated": dict(sorted(operators.items())),
-        "outside": written.outside,
-        "quantized_linears": len(segments.linears),
-        "float_linears": sorted(segments.kept),
-    }
-    write_json(directory / LOWERING, document)
-    notes = (*_notes(checkpoint, request, segments.kept), _summary(document))
-    return Lowered(len(segments.linears), constants.size + decoder.table_bytes, notes)
+    write_json(directory / LOWERING, lowering.document())
+    notes = (*_notes(checkpoint, request, len(lowering.float_linears)), f"{lowering.summary()} ({LOWERING} lists all)")
+    return Lowered(lowering.quantized_linears, lowering.weight_bytes, notes)
 
 
 def metadata(runtime: RuntimeConfig) -> dict[str, Any]:
@@ -98,7 +71,7 @@ def metadata(runtime: RuntimeConfig) -> dict[str, Any]:
     return found
 
 
-def _notes(checkpoint: Checkpoint, request: Request, kept: set[str]) -> list[str]:
+def _notes(checkpoint: Checkpoint, request: Request, kept: int) -> list[str]:
     notes = []
     plan = checkpoint.activations
     if plan is not None and plan.format.scheme != "per_token" and request.activations == "int8":
@@ -116,19 +89,10 @@ def _notes(checkpoint: Checkpoint, request: Request, kept: set[str]) -> list[str
     ]
     if kept:
         notes.append(
-            f"{len(kept)} linears keep float32 inputs, for which XNNPACK has no weights in groups: they stand "
+            f"{kept} linears keep float32 inputs, for which XNNPACK has no weights in groups: they stand "
             "dequantized, at eight times the size of 4-bit ones"
         )
     return notes
-
-
-def _summary(document: dict[str, Any]) -> str:
-    inside, outside = sum(document["delegated"].values()), sum(document["outside"].values())
-    attention = sum(count for name, count in document["outside"].items() if name.startswith("llama::"))
-    return (
-        f"{inside} operators run in {document['delegates']} XNNPACK delegates, {outside} outside of them, "
-        f"{attention} of these attention and its cache ({LOWERING} lists all)"
-    )
 
 
 def open_bundle(bundle: Bundle) -> Decoder:

@@ -18,6 +18,7 @@ import exporters.executorch.program
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import sha256_file, write_json
 from exporters import Bundle, export, open_decoder
+from exporters.executorch.constants import bfloat16_bits, pack_int4
 from exporters.executorch.session import ExecutorchDecoder
 from runtime_tests.evaluate import evaluate
 from tests.conftest import make_model, tiny_config
@@ -169,6 +170,20 @@ def test_contents(make_tiny: MakeTiny, tmp_path: Path) -> None:
         "use_sdpa_with_kv_cache": [True],
         "enable_dynamic_shape": [True],
     }
+
+
+def test_every_code_and_scale_stands_in_the_program(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Bit for bit, as XNNPACK reads them; the wiring is what the logits are for."""
+    bits = {"model.layers.1.mlp.gate_proj": 3, "model.layers.0.self_attn.v_proj": 2}
+    tiny = make_tiny(embedding_group_size=None, module_bits=bits)
+    export(tiny.path, "executorch", tmp_path / "bundle")
+    program = (tmp_path / "bundle" / "model.pte").read_bytes()
+    for module in modules_of(tiny.checkpoint):
+        held = tiny.checkpoint.quantized(module)
+        codes = held.codes.numpy() if held.bits == 8 else pack_int4(held.codes)
+        scales = held.scales.numpy() if held.group_size is None else bfloat16_bits(held.scales)
+        assert codes.tobytes() in program, module
+        assert scales.tobytes() in program, module
 
 
 def test_same_bytes_each_time(make_tiny: MakeTiny, tmp_path: Path) -> None:
