@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from boa_edge import __version__, device_commands
-from boa_edge.errors import BoaEdgeError
+from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.output import finish as _finish
 from boa_edge.quiet import quiet_libraries, quiet_transformers
 from boa_edge.ranks import launched_rank
@@ -142,10 +142,15 @@ def measure(
     ],
     output: OutputOption,
     device: DeviceOption = "arm64",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the runtime (default 1).")] = None,
+    threads: Annotated[
+        str, typer.Option(help="Threads of the runtime; speeds also with each further number, such as 1,2,4.")
+    ] = "1",
+    workload: Annotated[
+        str | None, typer.Option(help="What is timed: pp<prompt>/tg<generated> tokens; pp128/tg64 on real devices.")
+    ] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Runs that are not counted.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Counted runs.")] = None,
-    new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to generate per run.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare with PyTorch's (32).")] = None,
     score_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to score for the accuracy figures.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="executorch: also time every operator, once.")] = False,
     overwrite: OverwriteOption = False,
@@ -154,15 +159,8 @@ def measure(
     from runtime_tests import Wishes, measure_together, print_summary
 
     quiet_transformers()
-    chosen = {
-        "threads": threads,
-        "warmup": warmup,
-        "repeats": repeats,
-        "new_tokens": new_tokens,
-        "score_tokens": score_tokens,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    reports = measure_together(bundles, device, output, Wishes(**given), profile=profile, overwrite=overwrite)
+    wishes = Wishes(_counts(threads, "--threads"), warmup, repeats, new_tokens, score_tokens, workload)
+    reports = measure_together(bundles, device, output, wishes, profile=profile, overwrite=overwrite)
     for report in reports:
         print_summary(report)
     _finish(reports[0].summary())
@@ -277,6 +275,13 @@ def run(
 
 def _names(value: str) -> tuple[str, ...]:
     return () if value in ("", "none") else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _counts(value: str, flag: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise UsageError(f"{value!r} is no number, nor several", where=flag, fix="Write them like 1 or 1,2,4") from None
 
 
 def _version(wanted: bool) -> None:

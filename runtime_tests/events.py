@@ -38,6 +38,9 @@ class Generation:
     runs: tuple[GenerationRun, ...]
     peak_rss_bytes: int | None
     rss_bytes: int | None
+    pss_bytes: int | None = None
+    pss_file_bytes: int | None = None
+    pss_anon_bytes: int | None = None
 
     @property
     def counted(self) -> tuple[GenerationRun, ...]:
@@ -90,6 +93,9 @@ def gather_generation(
         runs=tuple(runs),
         peak_rss_bytes=_amount(memory, "peak_rss_bytes"),
         rss_bytes=_amount(memory, "rss_bytes"),
+        pss_bytes=_amount(memory, "pss_bytes"),
+        pss_file_bytes=_amount(memory, "pss_file_bytes"),
+        pss_anon_bytes=_amount(memory, "pss_anon_bytes"),
     )
 
 

@@ -26,6 +26,7 @@ PLACES = {
 
 _TIMES = {
     "load_time": ("Load time", "Emulated load time", "Estimated load time"),
+    "first_inference": ("First inference", "Emulated first inference", "Estimated first inference"),
     "time_to_first_token": (
         "Time to first token",
         "Emulated time to first token",
@@ -34,8 +35,17 @@ _TIMES = {
     "prefill_speed": ("Prefill speed", "Prefill speed in emulated time", "Estimated prefill speed"),
     "decode_speed": ("Decode speed", "Decode speed in emulated time", "Estimated decode speed"),
     "token_time_p50": ("Token latency, p50", "Emulated time per token, p50", "Estimated time per token, p50"),
+    "token_time_p90": ("Token latency, p90", "Emulated time per token, p90", "Estimated time per token, p90"),
+    "token_time_p99": ("Token latency, p99", "Emulated time per token, p99", "Estimated time per token, p99"),
     "token_time_p95": ("Token latency, p95", "Emulated time per token, p95", "Estimated time per token, p95"),
     "peak_rss": ("Peak memory", "Peak memory, with the emulator", "Estimated peak memory"),
+    "pss": (
+        "Memory at the end, shared parts split",
+        "The same with shared parts split, with the emulator",
+        "Estimated PSS",
+    ),
+    "pss_file": ("of it pages of files (weights, libraries)", "of it pages of files", "of it pages of files"),
+    "pss_anon": ("of it written by the process", "of it written by the process", "of it written by the process"),
     "rss": ("Memory at the end", "Memory at the end, with the emulator", "Estimated memory at the end"),
 }
 _COLUMNS: dict[Execution, int] = {"measured": 0, "emulated": 1, "estimated": 2}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from runtime_tests.profiling import PROFILE, read_profile
 from runtime_tests.reading import REPORT
 from runtime_tests.report import render, to_markdown
 from runtime_tests.reproduce import commands
-from runtime_tests.settings import settle
-from runtime_tests.speed import memory, samples, speed
+from runtime_tests.settings import Wishes, settle
+from runtime_tests.speed import memory, samples, speed, thread_row
 from runtime_tests.text import load_decoder
 from runtime_tests.throttling import throttling_notes
 from runtime_tests.variants import check_comparable, variant, variant_names
@@ -42,11 +42,12 @@ def measure(
     device: str | Device,
     output: Path,
     *,
-    threads: int = 1,
+    threads: int | tuple[int, ...] = 1,
     warmup: int | None = None,
     repeats: int | None = None,
-    new_tokens: int = 32,
+    new_tokens: int | None = None,
     score_tokens: int | None = None,
+    workload: str | None = None,
     profile: bool = False,
     overwrite: bool = False,
 ) -> Report:
@@ -56,11 +57,7 @@ def measure(
         bundle: a bundle directory; it is verified first.
         device: a name that `boa-edge devices` lists, or a device.
         output: the directory to make.
-        threads: of the runtime.
-        warmup: generation runs that do not count; 1, under emulation 0.
-        repeats: generation runs that count; 3, under emulation 1.
-        new_tokens: to generate in each run.
-        score_tokens: of the reference text; all, under emulation at most 96.
+        threads, warmup, repeats, new_tokens, score_tokens, workload: see `Wishes`.
         profile: generate once more with every operator timed, and leave the runtime's record beside the report.
         overwrite: replace an existing report.
 
@@ -68,19 +65,9 @@ def measure(
         BoaEdgeError: the bundle is damaged, the device is not usable, or a run on it failed.
         UsageError: a setting is out of range, or `output` exists.
     """
-    chosen = Wishes(threads, warmup, repeats, new_tokens, score_tokens)
-    return measure_together([bundle], device, output, chosen, profile=profile, overwrite=overwrite)[0]
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """Settings as they were asked for; see `measure`."""
-
-    threads: int = 1
-    warmup: int | None = None
-    repeats: int | None = None
-    new_tokens: int = 32
-    score_tokens: int | None = None
+    counts = (threads,) if isinstance(threads, int) else threads
+    wishes = Wishes(counts, warmup, repeats, new_tokens, score_tokens, workload)
+    return measure_together([bundle], device, output, wishes, profile=profile, overwrite=overwrite)[0]
 
 
 def measure_together(
@@ -104,7 +91,7 @@ def measure_together(
         facts = [open_bundle(bundle) for bundle in bundles]
         check_comparable(facts)
         opened = devices.open_device(device) if isinstance(device, str) else device
-        settings = [settle(one, opened.execution, **asdict(wishes)) for one in facts]
+        settings = [settle(one, opened.execution, wishes) for one in facts]
         names = variant_names([one.deployed for one in facts])
         places = [name.replace(" ", "-").replace("/", "-") for name in names]
         reports = []
@@ -137,39 +124,58 @@ class _Session:
         result = self._run(request)
         return check_logits(result.logits, (len(tokens), self._facts.reference.vocabulary))
 
-    def generate(self) -> Generation:
-        """The generation runs."""
+    @property
+    def separate(self) -> bool:
+        """Whether the workload is another generation than the greedy continuation that PyTorch's is compared with."""
         settings = self._settings
+        return (settings.prompt_tokens, settings.new_tokens) != (len(self._facts.reference.prompt), settings.greedy)
+
+    def continue_greedily(self) -> Generation:
+        """The greedy continuation of the reference prompt; as often as the workload where it is the workload."""
+        settings = self._settings
+        # Twice, to see whether the device repeats itself.
+        warmup, repeats = (0, 2) if self.separate else (settings.warmup, settings.repeats)
+        prompt = tuple(map(int, self._facts.reference.prompt))
+        return self._gather(GenerateRequest(prompt, settings.greedy, warmup, repeats, settings.threads))
+
+    def generate(self, threads: int) -> Generation:
+        """The workload."""
+        settings = self._settings
+        return self._gather(self._workload(settings.warmup, settings.repeats, threads))
+
+    def _gather(self, request: GenerateRequest) -> Generation:
         return gather_generation(
-            self._run(self._generation(settings.warmup, settings.repeats)),
-            prompt_tokens=settings.prompt_tokens,
-            new_tokens=settings.new_tokens,
-            warmup=settings.warmup,
-            repeats=settings.repeats,
+            self._run(request),
+            prompt_tokens=len(request.prompt),
+            new_tokens=request.new_tokens,
+            warmup=request.warmup,
+            repeats=request.repeats,
         )
 
     def profile(self, path: Path) -> OperatorProfile:
         """One generation with every operator timed; the runtime's record goes to `path`."""
-        result = self._run(self._generation(0, 1, profile=True))
+        result = self._run(self._workload(0, 1, self._settings.threads, profile=True))
         if result.profile is None:
             raise BoaEdgeError("the device gave no operator profile", where=self._device.name)
         with disk_errors(path):
             path.write_bytes(result.profile)
         return read_profile(path, result.execution)
 
-    def _generation(self, warmup: int, repeats: int, *, profile: bool = False) -> GenerateRequest:
+    def _workload(self, warmup: int, repeats: int, threads: int, *, profile: bool = False) -> GenerateRequest:
         return GenerateRequest(
-            prompt=tuple(map(int, self._facts.reference.prompt)),
-            new_tokens=self._settings.new_tokens,
-            warmup=warmup,
-            repeats=repeats,
-            threads=self._settings.threads,
-            profile=profile,
+            self._workload_prompt(), self._settings.new_tokens, warmup, repeats, threads, profile=profile
         )
+
+    def _workload_prompt(self) -> tuple[int, ...]:
+        """As many tokens as the workload's prompt has: the reference prompt, else the reference text over and over."""
+        reference = self._facts.reference
+        source = reference.tokens if self.separate else reference.prompt
+        return tuple(map(int, islice(cycle(source), self._settings.prompt_tokens)))
 
     def _run(self, request: GenerateRequest | ScoreRequest) -> RunResult:
         device = self._device
-        result = device.run(self._facts.path, request, follow(device.name, self._settings.new_tokens))
+        tokens = request.new_tokens if isinstance(request, GenerateRequest) else 0
+        result = device.run(self._facts.path, request, follow(device.name, tokens))
         if result.execution != device.execution:
             raise BoaEdgeError(
                 f"the run was {result.execution}, but the device is {device.execution}", where=device.name
@@ -188,11 +194,20 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
     reference = facts.reference.head(settings.score_tokens)
     fidelity = score(reference, session.score(reference.tokens.tolist()), execution)
 
-    say(f"{name}: generating {settings.warmup} + {settings.repeats} x {settings.new_tokens} tokens ({execution})")
-    generation = session.generate()
-    greedy = compare_greedy(reference, generation, decode, lambda tokens: session.score(tokens)[-1], execution)
-
+    if session.separate:
+        say(f"{name}: generating {settings.greedy} tokens after the reference prompt ({execution})")
+        continued = session.continue_greedily()
+    runs = f"{settings.warmup} + {settings.repeats} x {settings.workload}"
+    say(f"{name}: {runs}, {settings.threads} thread{'' if settings.threads == 1 else 's'} ({execution})")
+    generation = session.generate(settings.threads) if session.separate else session.continue_greedily()
+    if not session.separate:
+        continued = generation
+    greedy = compare_greedy(reference, continued, decode, lambda tokens: session.score(tokens)[-1], execution)
     loads = [ns for ns in map(load_time, session.results) if ns is not None]
+    sweep = []
+    for threads in settings.sweep:
+        say(f"{name}: {runs}, {threads} thread{'' if threads == 1 else 's'} ({execution})")
+        sweep.append(thread_row(threads, session.generate(threads), execution))
     operators = None
     if profile is not None:
         say(f"{name}: generating once more, every operator timed ({execution})")
@@ -206,6 +221,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         fidelity=fidelity,
         generation=greedy,
         speed=speed(generation, loads, execution),
+        sweep=tuple(sweep),
         memory=memory(generation, execution),
         cost=cost(session.results),
         samples=samples(generation, loads, score_time(session.results[0]), execution),

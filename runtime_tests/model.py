@@ -81,15 +81,30 @@ class DeviceFacts(Frozen):
 
 
 class Settings(Frozen):
-    """The effective settings. `workload` names the lengths, e.g. `pp48/tg32`: 48 prompt tokens, 32 generated."""
+    """The effective settings.
+
+    Attributes:
+        workload: what is timed, e.g. `pp128/tg64`: 128 prompt tokens, 64 generated.
+        threads: of the runtime, for everything but the sweep.
+        sweep: further numbers of threads that the workload was timed with.
+        prompt_tokens, new_tokens: of the workload.
+        greedy_tokens: of the continuation that is compared with PyTorch's; absent where it was the workload.
+    """
 
     workload: str
     threads: Annotated[int, Field(ge=1)]
+    sweep: tuple[Annotated[int, Field(ge=1)], ...] = ()
     warmup: Count
     repeats: Annotated[int, Field(ge=1)]
     prompt_tokens: Annotated[int, Field(ge=1)]
     new_tokens: Annotated[int, Field(ge=1)]
+    greedy_tokens: Annotated[int, Field(ge=1)] | None = None
     score_tokens: Annotated[int, Field(ge=2)]
+
+    @property
+    def greedy(self) -> int:
+        """Tokens of the continuation that is compared with PyTorch's."""
+        return self.new_tokens if self.greedy_tokens is None else self.greedy_tokens
 
 
 class Scores(Frozen):
@@ -153,21 +168,48 @@ class GreedyGeneration(Frozen):
 
 
 class Speed(Frozen):
-    """Times and speeds, warm-ups left out. Percentiles are nearest-rank; the tokens after the first count."""
+    """Times and speeds, warm-ups left out. Percentiles are nearest-rank; the tokens after the first count.
+
+    Attributes:
+        load_time: cold: of processes that had nothing loaded before (the files may be in the system's cache).
+        first_inference: time to the first token of the first run of a process, a warm-up where there are some.
+    """
 
     load_time: Figure
+    first_inference: Figure | None = None
     time_to_first_token: Figure
     prefill_speed: Figure
     decode_speed: Figure
     token_time_p50: Figure
+    token_time_p90: Figure | None = None
     token_time_p95: Figure
+    token_time_p99: Figure | None = None
+
+
+class ThreadRow(Frozen):
+    """The workload with another number of threads."""
+
+    threads: Annotated[int, Field(ge=1)]
+    time_to_first_token: Figure
+    prefill_speed: Figure
+    decode_speed: Figure
+    peak_rss: Figure
 
 
 class Memory(Frozen):
-    """Of the process that generated."""
+    """Of the process that generated, read when everything timed was over.
+
+    Attributes:
+        pss: resident memory, what is shared with others counted in parts.
+        pss_file: of it, pages of files: mapped weights, libraries. The system can drop and read them again.
+        pss_anon: of it, what the process wrote: unpacked weights, cache, buffers.
+    """
 
     peak_rss: Figure
     rss: Figure
+    pss: Figure | None = None
+    pss_file: Figure | None = None
+    pss_anon: Figure | None = None
 
 
 class Cost(Frozen):
@@ -386,6 +428,7 @@ class Report(Frozen):
     fidelity: Fidelity
     generation: GreedyGeneration
     speed: Speed
+    sweep: tuple[ThreadRow, ...] = ()
     memory: Memory
     cost: Cost | None = None
     samples: Samples

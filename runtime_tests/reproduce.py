@@ -15,7 +15,9 @@ def commands(deployed: Deployed, provenance: Provenance, settings: Settings, dev
     if provenance.calibration.source:
         quantize += ["--calibration", provenance.calibration.source]
     measure = ["boa-edge", "measure", "BUNDLE", "--device", device]
-    for name in ("threads", "warmup", "repeats", "new_tokens", "score_tokens"):
+    measure += ["--threads", ",".join(map(str, (settings.threads, *settings.sweep)))]
+    measure += ["--workload", settings.workload, "--new-tokens", str(settings.greedy)]
+    for name in ("warmup", "repeats", "score_tokens"):
         measure += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     return (
         shlex.join([*quantize, "-o", "CHECKPOINT"]),

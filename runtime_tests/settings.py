@@ -2,53 +2,112 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 from boa_edge.errors import UsageError
 from devices.contract import Execution
 from runtime_tests.facts import BundleFacts
 from runtime_tests.model import Settings
 
 _EMULATED_SCORE_TOKENS = 96
+_GREEDY_TOKENS = 32
+_WORKLOAD = re.compile(r"pp([1-9]\d{0,6})/tg([1-9]\d{0,6})")
+STANDARD_WORKLOAD = "pp128/tg64"
+"""What devices of real time are timed with, where the bundle's context has room for it."""
 
 
-def settle(
-    facts: BundleFacts,
-    execution: Execution,
-    *,
-    threads: int = 1,
-    warmup: int | None = None,
-    repeats: int | None = None,
-    new_tokens: int = 32,
-    score_tokens: int | None = None,
-) -> Settings:
-    """Fill in what was not asked for: under emulation, where a token can take a second, no warm-up and one run.
+@dataclass(frozen=True)
+class Wishes:
+    """Settings as they were asked for; None for what suits the device.
+
+    Attributes:
+        threads: of the runtime; where there are several, the speeds are measured with each, everything else with the
+            first.
+        warmup: generation runs that do not count; 1, under emulation 0.
+        repeats: generation runs that count; 3, under emulation 1.
+        new_tokens: of the greedy continuation that is compared with PyTorch's; 32.
+        score_tokens: of the reference text; all, under emulation at most 96.
+        workload: what is timed, `pp<prompt tokens>/tg<generated tokens>`. Without it, and where new_tokens was asked
+            for or under emulation, where a token can take a second, the greedy continuation itself is timed.
+    """
+
+    threads: tuple[int, ...] = (1,)
+    warmup: int | None = None
+    repeats: int | None = None
+    new_tokens: int | None = None
+    score_tokens: int | None = None
+    workload: str | None = None
+
+
+def settle(facts: BundleFacts, execution: Execution, wishes: Wishes) -> Settings:
+    """Fill in what was not asked for.
 
     Raises:
         UsageError: a value is out of range, or the bundle's context or reference text is too short for it.
     """
     emulated = execution == "emulated"
     available = len(facts.reference.tokens)
+    score_tokens = wishes.score_tokens
     if score_tokens is None:
         score_tokens = min(available, _EMULATED_SCORE_TOKENS) if emulated else available
+    greedy_tokens = _GREEDY_TOKENS if wishes.new_tokens is None else wishes.new_tokens
     settings = {
-        "threads": (threads, 1),
-        "warmup": ((0 if emulated else 1) if warmup is None else warmup, 0),
-        "repeats": ((1 if emulated else 3) if repeats is None else repeats, 1),
-        "new_tokens": (new_tokens, 1),
+        "warmup": ((0 if emulated else 1) if wishes.warmup is None else wishes.warmup, 0),
+        "repeats": ((1 if emulated else 3) if wishes.repeats is None else wishes.repeats, 1),
+        "new_tokens": (greedy_tokens, 1),
         "score_tokens": (score_tokens, 2),
     }
     for name, (value, least) in settings.items():
-        if value < least:
-            raise UsageError(f"{value} is too small: at least {least}", where=f"--{name.replace('_', '-')}")
+        _at_least(value, least, name)
+    if not wishes.threads:
+        raise UsageError("names no number of threads", where="--threads")
+    for count in wishes.threads:
+        _at_least(count, 1, "threads")
+    if len(set(wishes.threads)) < len(wishes.threads):
+        raise UsageError("names a number of threads twice", where="--threads", fix="Name each once")
     if score_tokens > available:
         where = "--score-tokens"
         raise UsageError(f"the bundle's reference text has only {available} tokens, not {score_tokens}", where=where)
     prompt_tokens = len(facts.reference.prompt)
     context = facts.deployed.runtime_config.get("context_length")
-    if isinstance(context, int) and prompt_tokens + new_tokens > context:
+    if isinstance(context, int) and prompt_tokens + greedy_tokens > context:
         fix = f"At most {max(context - prompt_tokens, 0)} fit after the prompt of {prompt_tokens}"
-        raise UsageError(f"{new_tokens} exceed the context of {context} tokens", where="--new-tokens", fix=fix)
+        raise UsageError(f"{greedy_tokens} exceed the context of {context} tokens", where="--new-tokens", fix=fix)
+    timed_prompt, timed_tokens = _timed(wishes, emulated, (prompt_tokens, greedy_tokens), context)
     return Settings(
-        workload=f"pp{prompt_tokens}/tg{new_tokens}",
-        prompt_tokens=prompt_tokens,
-        **{name: value for name, (value, _) in settings.items()},
+        workload=f"pp{timed_prompt}/tg{timed_tokens}",
+        threads=wishes.threads[0],
+        sweep=wishes.threads[1:],
+        warmup=settings["warmup"][0],
+        repeats=settings["repeats"][0],
+        prompt_tokens=timed_prompt,
+        new_tokens=timed_tokens,
+        greedy_tokens=greedy_tokens,
+        score_tokens=score_tokens,
     )
+
+
+def _timed(wishes: Wishes, emulated: bool, greedy: tuple[int, int], context: object) -> tuple[int, int]:
+    """Prompt and generated tokens of the workload that is timed."""
+    text = wishes.workload
+    if text is None:
+        if emulated or wishes.new_tokens is not None:
+            return greedy
+        text = STANDARD_WORKLOAD
+    match = _WORKLOAD.fullmatch(text)
+    if match is None:
+        fix = f"Write pp<prompt tokens>/tg<generated tokens>, such as {STANDARD_WORKLOAD}"
+        raise UsageError(f"{text!r} is no workload", where="--workload", fix=fix)
+    prompt, tokens = int(match[1]), int(match[2])
+    if isinstance(context, int) and prompt + tokens > context:
+        if wishes.workload is None:
+            return greedy
+        fix = "Ask for fewer tokens"
+        raise UsageError(f"{text} exceeds the context of {context} tokens", where="--workload", fix=fix)
+    return prompt, tokens
+
+
+def _at_least(value: int, least: int, name: str) -> None:
+    if value < least:
+        raise UsageError(f"{value} is too small: at least {least}", where=f"--{name.replace('_', '-')}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from devices.contract import Execution
 from runtime_tests.events import Generation
 from runtime_tests.figure import Figure, figure, memory_note, time_note
-from runtime_tests.model import Memory, RunSamples, Samples, Speed
+from runtime_tests.model import Memory, RunSamples, Samples, Speed, ThreadRow
 from runtime_tests.statistics import percentile, rate, samples_needed
 
 _MILLISECOND = 1e6
@@ -22,11 +22,14 @@ def speed(generation: Generation, loads: Sequence[int], execution: Execution) ->
 
     return Speed(
         load_time=_time(loads, 50, execution),
+        first_inference=_time([run.prefill_ns for run in generation.runs[:1]], 50, execution),
         time_to_first_token=_time([run.prefill_ns for run in runs], 50, execution),
         prefill_speed=_speed(prefill, execution),
         decode_speed=_speed(decode, execution),
         token_time_p50=_time(token_ns, 50, execution),
+        token_time_p90=_time(token_ns, 90, execution),
         token_time_p95=_time(token_ns, 95, execution),
+        token_time_p99=_time(token_ns, 99, execution),
     )
 
 
@@ -36,6 +39,9 @@ def memory(generation: Generation, execution: Execution) -> Memory:
     return Memory(
         peak_rss=figure(generation.peak_rss_bytes, "bytes", execution, n=1, note=note),
         rss=figure(generation.rss_bytes, "bytes", execution, n=1, note=note),
+        pss=figure(generation.pss_bytes, "bytes", execution, n=1, note=note),
+        pss_file=figure(generation.pss_file_bytes, "bytes", execution, n=1, note=note),
+        pss_anon=figure(generation.pss_anon_bytes, "bytes", execution, n=1, note=note),
     )
 
 
@@ -55,6 +61,18 @@ def samples(generation: Generation, loads: Sequence[int], score_ns: int | None, 
             )
             for run in generation.runs
         ),
+    )
+
+
+def thread_row(threads: int, generation: Generation, execution: Execution) -> ThreadRow:
+    """The workload's main figures with another number of threads."""
+    found = speed(generation, [], execution)
+    return ThreadRow(
+        threads=threads,
+        time_to_first_token=found.time_to_first_token,
+        prefill_speed=found.prefill_speed,
+        decode_speed=found.decode_speed,
+        peak_rss=memory(generation, execution).peak_rss,
     )
 
 

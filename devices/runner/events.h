@@ -99,9 +99,9 @@ class Event {
     std::string line_;
 };
 
-// A "Name:  123 kB" line of /proc/self/status in bytes; nothing where the system does not say.
-inline std::optional<std::int64_t> status_bytes(std::string_view name) {
-    std::ifstream status("/proc/self/status");
+// A "Name:  123 kB" line of a file below /proc/self in bytes; nothing where the system does not say.
+inline std::optional<std::int64_t> own_bytes(const char* file, std::string_view name) {
+    std::ifstream status(std::string("/proc/self/") + file);
     std::string line;
     while (std::getline(status, line)) {
         if (line.size() > name.size() && line.compare(0, name.size(), name) == 0 && line[name.size()] == ':') {

@@ -12,8 +12,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from runtime_tests.figure import Figure
 from runtime_tests.labels import SCHEMES, label, method_name, number, show, show_bytes, show_value, visible
-from runtime_tests.model import Continuation, Report
+from runtime_tests.model import Continuation, Memory, Report, Speed
 from runtime_tests.report.charts import kl_against_speed, layer_strip, size_against_kl, token_times
 from runtime_tests.report.layers import grid
 from runtime_tests.report.outliers import changed, outlier_chart, worst
@@ -61,9 +62,16 @@ def render(report: Report) -> str:
         worst=[] if outliers is None else worst(outliers),
         compared=outliers is not None and changed(outliers),
         schemes=SCHEMES,
+        figures=[*_figures(report.speed), *_figures(report.memory)],
         recipe=_yaml(report.deployed.recipe),
         split=partial(split_text, report),
     )
+
+
+def _figures(group: Speed | Memory) -> list[tuple[str, Figure]]:
+    """Name and figure of all that were recorded."""
+    found = [(name, getattr(group, name)) for name in type(group).model_fields]
+    return [(name, entry) for name, entry in found if entry is not None]
 
 
 def split_text(report: Report, continuation: Continuation) -> tuple[str, str]:

@@ -12,7 +12,6 @@ import jsonschema
 import numpy as np
 import pytest
 from report_fakes import (
-    GREEDY,
     POSITIONS,
     Made,
     make,
@@ -89,13 +88,43 @@ def test_speed_comes_from_the_counted_samples_alone(tmp_path: Path) -> None:
     report = make(tmp_path, execution="measured", alter=slow_warmup).report
     speed, runs = report.speed, [run for run in report.samples.runs if not run.warmup]
     assert [run.warmup for run in report.samples.runs] == [True, False, False, False]
-    assert speed.token_time_p50.n == 3 * (GREEDY - 1)
+    assert report.settings.workload == "pp128/tg64"
+    assert speed.token_time_p50.n == 3 * 63
+    assert speed.first_inference is not None
+    assert speed.first_inference.value == 1e9  # the warm-up's, and apart from the others
+    assert speed.token_time_p99 is not None
+    assert speed.token_time_p99.n == 3 * 63
     every = sorted(ns for run in runs for ns in run.token_ns)
     assert speed.token_time_p50.value == every[len(every) // 2] / 1e6
-    rates = sorted((GREEDY - 1) * 1e9 / sum(run.token_ns) for run in runs)
+    rates = sorted(63 * 1e9 / sum(run.token_ns) for run in runs)
     assert speed.decode_speed.value == pytest.approx(rates[1])
     assert speed.time_to_first_token.value == sorted(run.prefill_ns for run in runs)[1] / 1e6
-    assert speed.prefill_speed.number == pytest.approx(8 / 4.0, rel=1e-6)
+    assert speed.prefill_speed.number == pytest.approx(128 / 4.0, rel=1e-6)
+
+
+def test_real_time_is_taken_of_the_standard_workload_and_greedy_text_of_the_reference_prompt(tmp_path: Path) -> None:
+    device = make_device(execution="measured")
+    report = measure(make_bundle(tmp_path / "bundle"), device, tmp_path / "report", threads=(1, 4, 2))
+    generations = [request for request in device.requests if isinstance(request, GenerateRequest)]
+    shapes = [(len(one.prompt), one.new_tokens, one.warmup, one.repeats, one.threads) for one in generations]
+    assert shapes == [(8, 32, 0, 2, 1), (128, 64, 1, 3, 1), (128, 64, 1, 3, 4), (128, 64, 1, 3, 2)]
+    tokens = reference_tensors()["tokens"].tolist()
+    assert generations[1].prompt == tuple((tokens * 4)[:128])
+    assert [row.threads for row in report.sweep] == [4, 2]
+    assert report.sweep[0].decode_speed.n == 3
+    assert len(report.generation.deployed.tokens) == 32
+    assert len(report.samples.runs[0].tokens) == 64
+    assert "--threads 1,4,2" in report.reproduce[2]
+    assert "--workload pp128/tg64" in report.reproduce[2]
+    assert report.memory.pss is not None
+    assert report.memory.pss.value == "unavailable"  # this runner does not say
+
+
+def test_a_workload_can_be_asked_for(tmp_path: Path) -> None:
+    device = make_device()
+    report = measure(make_bundle(tmp_path / "bundle"), device, tmp_path / "report", workload="pp20/tg3")
+    assert (report.settings.workload, report.settings.greedy) == ("pp20/tg3", 32)
+    assert report.speed.token_time_p50.n == 2
 
 
 def test_defaults_depend_on_the_device_and_flags_win(tmp_path: Path) -> None:
@@ -222,6 +251,11 @@ def test_a_malformed_provenance_names_its_field(tmp_path: Path, change: dict[str
         ({"warmup": -1}, "--warmup"),
         ({"new_tokens": 0}, "--new-tokens"),
         ({"new_tokens": 5000}, "context of 2048"),
+        ({"workload": "pp2000/tg64"}, "context of 2048"),
+        ({"workload": "128/64"}, "no workload"),
+        ({"threads": ()}, "--threads"),
+        ({"threads": (1, 0)}, "--threads"),
+        ({"threads": (2, 2)}, "twice"),
         ({"score_tokens": 1}, "--score-tokens"),
         ({"score_tokens": POSITIONS + 1}, f"only {POSITIONS} tokens"),
     ],
