@@ -11,14 +11,15 @@ from typing import Any
 
 from boa_edge import __version__
 from boa_edge.errors import UsageError
-from boa_edge.files import disk_errors, sha256_file, write_text
+from boa_edge.files import disk_errors, read_json, sha256_file, write_text
 from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export
-from exporters.base import Activations
+from exporters.base import Activations, Request
 from runtime_tests import Wishes, measure_together, print_summary
+from toolchain.families import describe
 from toolchain.quantize import quantize
-from toolchain.recipe import load_recipe
+from toolchain.recipe import Recipe, load_recipe
 
 ALL = "all"
 """In place of a runtime: a bundle for each, from one checkpoint, in one report."""
@@ -41,6 +42,7 @@ def run_all(
     """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work."""
     chosen = load_recipe(recipe)
     runtimes = _runtimes(runtime, form)
+    _foresee(chosen, model, runtimes, activations)
     open_device(device)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,17 @@ def _runtimes(runtime: str, form: str | None) -> dict[str, tuple[str, str | None
     if form is not None and form not in forms:
         raise UsageError(f"{runtime} has no form {form!r}", where="--form", fix=f"Accepted: {', '.join(forms)}")
     return {"bundle": (runtime, form)}
+
+
+def _foresee(
+    recipe: Recipe, model: str, runtimes: dict[str, tuple[str, str | None]], activations: Activations | None
+) -> None:
+    """UsageError for what no export could hold, before hours of quantizing."""
+    config = Path(model).expanduser() / "config.json"
+    spec = describe(read_json(config, "the model's config"), config) if config.is_file() else None
+    for runtime, form in runtimes.values():
+        exporter = EXPORTERS[runtime]
+        exporter.foresee(recipe, spec, Request(activations or "int8", form or exporter.forms[0]))
 
 
 def _export(checkpoint: Path, runtime: str, bundle: Path, **choices: Any) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from exporters.bundle import Bundle
 from toolchain.checkpoint import Checkpoint
+from toolchain.families import DecoderSpec
+from toolchain.recipe import Recipe
 
 Activations = Literal["int8", "float32"]
 
@@ -102,6 +104,8 @@ class Exporter:
     """One line of the table in `exporters`.
 
     Attributes:
+        foresee: refuses, before anything is quantized, a recipe whose every checkpoint `check` would refuse, and such a
+            model where it is known; raises UsageError.
         check: refuses, before any heavy work, what the runtime cannot hold or run fast; raises BoaEdgeError.
         lower: writes the model files and `runtime.json` into an empty directory, and proves that they load.
         forms: what a request may name, the default first.
@@ -109,6 +113,7 @@ class Exporter:
         lengths: whether a request may set the context's and the prefill's length.
     """
 
+    foresee: Callable[[Recipe, DecoderSpec | None, Request], None]
     check: Callable[[Checkpoint, Request], None]
     lower: Callable[[Checkpoint, Path, Request], Lowered]
     forms: tuple[str, ...]

@@ -8,6 +8,7 @@ from typing import Any
 from boa_edge.files import write_json
 from exporters.base import Decoder, Exporter, Lowered, Request
 from exporters.bundle import RUNTIME, SCHEMA_VERSION, Bundle, RuntimeConfig, token_ids
+from exporters.executorch.foresight import foresee
 from exporters.executorch.lowerable import check, lengths, schemes
 from toolchain.checkpoint import Checkpoint
 
@@ -102,4 +103,4 @@ def open_bundle(bundle: Bundle) -> Decoder:
     return ExecutorchDecoder.open(bundle)
 
 
-EXPORTER = Exporter(check=check, lower=lower, forms=("llm",), open=open_bundle, lengths=True)
+EXPORTER = Exporter(foresee=foresee, check=check, lower=lower, forms=("llm",), open=open_bundle, lengths=True)

@@ -17,7 +17,7 @@ from toolchain.quantized import QuantizedWeight
 
 ACCEPTED = "decoders with RMS norms, rotary or no positions and a gated MLP with SiLU or tanh-approximated GELU"
 
-_GROUP = 32
+GROUP = 32
 _LONGEST_CONTEXT, _PREFILL = 2048, 128
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
@@ -139,11 +139,11 @@ def _check_weights(checkpoint: Checkpoint, config: Path, activations: Activation
             )
         if activations == "float32":
             raise _no_float_inputs(module, config)
-        if scheme.group_size % _GROUP:
+        if scheme.group_size % GROUP:
             raise BoaEdgeError(
-                f"{module}: groups of {scheme.group_size}; XNNPACK takes multiples of {_GROUP}",
+                f"{module}: groups of {scheme.group_size}; XNNPACK takes multiples of {GROUP}",
                 where=config,
-                fix=f"Quantize with a group size of {_GROUP}, or per output channel",
+                fix=f"Quantize with a group size of {GROUP}, or per output channel",
             )
         _check_scales(checkpoint.tensor(f"{module}.weight_scale"), where)
 
@@ -170,9 +170,9 @@ def _check_table(checkpoint: Checkpoint, activations: Activations) -> None:
         )
     if activations == "float32":
         raise _no_float_inputs("the head", where)
-    if table.group_size % _GROUP:
-        fix = f"In the recipe, embedding: {{bits: {table.bits}, group_size: {_GROUP}}}, or null for one scale per row"
-        problem = f"the head is a table in groups of {table.group_size}; XNNPACK takes multiples of {_GROUP}"
+    if table.group_size % GROUP:
+        fix = f"In the recipe, embedding: {{bits: {table.bits}, group_size: {GROUP}}}, or null for one scale per row"
+        problem = f"the head is a table in groups of {table.group_size}; XNNPACK takes multiples of {GROUP}"
         raise BoaEdgeError(problem, where=where, fix=fix)
     _check_scales(table.scales, str(where))
 

@@ -13,6 +13,7 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.files import write_json
 from exporters.base import Activations, Exporter, Lowered, Request
 from exporters.bundle import RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token_ids
+from exporters.onnx.foresight import foresee
 from exporters.onnx.forms import FORMS
 from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.kernels import FUSED_GROUPS, carrier
@@ -146,4 +147,4 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     return Lowered(len(decoder.linears), weights.size, _notes(checkpoint, activations, name))
 
 
-EXPORTER = Exporter(check=check, lower=lower, forms=tuple(FORMS), open=OnnxDecoder.open)
+EXPORTER = Exporter(foresee=foresee, check=check, lower=lower, forms=tuple(FORMS), open=OnnxDecoder.open)

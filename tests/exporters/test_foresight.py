@@ -1,0 +1,86 @@
+"""What an export could not hold is refused before anything is quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from boa_edge.errors import UsageError
+from boa_edge.pipeline import run_all
+from exporters import EXPORTERS, Request
+from tests.conftest import make_model, tiny_config
+from tests.toolchain.families import CONFIGS
+from toolchain.families import describe
+from toolchain.recipe import DEFAULT_RECIPE, load_recipe, parse_recipe
+
+
+def recipe(**fields: Any) -> Any:
+    weights = {"bits": 4, "group_size": 32, "symmetric": True} | fields.pop("weights", {})
+    return parse_recipe({"method": "rtn", "weights": weights, **fields}, "test")
+
+
+REFUSED = {
+    "executorch": [
+        ({"weights": {"symmetric": False}}, "zero points"),
+        ({"weights": {"group_size": 48}}, "multiples of 32"),
+        ({"weights": {"bits": 8}}, "8-bit weights in groups"),
+        ({"weights": {"bits": "auto", "budget_mb": 90.0}}, "8-bit weights in groups"),
+        ({"round_scales": False}, "bfloat16"),
+        ({"embedding": {"bits": 8, "group_size": 32}}, "8-bit table in groups"),
+        ({"embedding": {"bits": 4, "group_size": 16}}, "multiples of 32"),
+        ({"kv_cache": {}}, "float32"),
+        ({"activations": {"scheme": "static_int8"}}, "static_int8"),
+    ],
+    "onnx": [
+        ({"weights": {"group_size": 48}}, "groups of 48"),
+        ({"embedding": {"bits": 8, "group_size": 48}}, "groups of 48"),
+        ({"kv_cache": {}}, "float32"),
+        ({"activations": {"scheme": "static_int8"}}, "static"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "fields", "says"), [(name, *case) for name, cases in REFUSED.items() for case in cases]
+)
+def test_recipes_that_no_program_holds(runtime: str, fields: dict[str, Any], says: str) -> None:
+    exporter = EXPORTERS[runtime]
+    with pytest.raises(UsageError, match=says):
+        exporter.foresee(recipe(**fields), None, Request("int8", exporter.forms[0]))
+
+
+@pytest.mark.parametrize("runtime", sorted(EXPORTERS))
+def test_the_default_recipe_suits_every_runtime(runtime: str) -> None:
+    exporter = EXPORTERS[runtime]
+    for form in exporter.forms:
+        exporter.foresee(load_recipe(DEFAULT_RECIPE), None, Request("int8", form))
+
+
+@pytest.mark.parametrize("runtime", sorted(EXPORTERS))
+def test_models_that_no_program_holds(runtime: str) -> None:
+    exporter = EXPORTERS[runtime]
+    opt = describe(CONFIGS["opt"]().to_dict() | {"architectures": ["OPTForCausalLM"]}, "test")
+    with pytest.raises(UsageError, match="layer norms"):
+        exporter.foresee(recipe(), opt, Request("int8", exporter.forms[0]))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name", "says"),
+    [("executorch", "w3asym-rtn", "zero points"), ("all", "w4g48-rtn", "48"), ("tflite", "w4g32-rtn", "all")],
+)
+def test_the_pipeline_asks_before_it_works(tmp_path: Path, runtime: str, name: str, says: str) -> None:
+    model = make_model(tmp_path / "model", tiny_config())
+    with pytest.raises(UsageError, match=says):
+        run_all(
+            tmp_path / "out",
+            model=str(model),
+            recipe=name,
+            runtime=runtime,
+            device="host",
+            calibration=None,
+            compare=(),
+            activations=None,
+        )
+    assert not (tmp_path / "out").exists()
