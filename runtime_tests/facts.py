@@ -13,6 +13,7 @@ from exporters.bundle import Bundle
 from runtime_tests.activations import quantizes_activations
 from runtime_tests.figure import figure
 from runtime_tests.model import BundleFile, Deployed
+from runtime_tests.placement import read_placement
 from runtime_tests.provenance import Provenance, read_provenance
 from runtime_tests.reference import Reference, read_reference
 
@@ -66,6 +67,7 @@ def _deployed(bundle: Bundle, provenance: Provenance) -> Deployed:
         runtime_size=figure(sum(file.bytes for file in files if file.role == "runtime"), "bytes", "measured"),
         model_size=figure(weights, "bytes", "measured"),
         original_size=None if original is None else figure(original, "bytes", "measured"),
+        placement=read_placement(bundle),
         files=files,
     )
 

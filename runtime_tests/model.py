@@ -33,6 +33,20 @@ class BundleFile(Frozen):
     role: Literal["runtime", "reference"]
 
 
+class Placement(Frozen):
+    """Operators of the program inside and outside of a backend's delegates: name -> how often they stand there.
+
+    Attributes:
+        float_linears: modules whose codes stand dequantized.
+    """
+
+    backend: str
+    delegates: Count
+    delegated: dict[str, Count]
+    outside: dict[str, Count]
+    float_linears: tuple[str, ...]
+
+
 class Deployed(Frozen):
     """What was put on the device.
 
@@ -45,6 +59,7 @@ class Deployed(Frozen):
         runtime_size: all files that a device needs.
         model_size: the graph and its weights.
         original_size: the parameters of the unquantized model, where it was recorded.
+        placement: what runs in delegates, of runtimes that have them.
     """
 
     bundle: str
@@ -58,6 +73,7 @@ class Deployed(Frozen):
     runtime_size: Figure
     model_size: Figure
     original_size: Figure | None = None
+    placement: Placement | None = None
     files: tuple[BundleFile, ...]
 
 
