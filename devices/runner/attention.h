@@ -31,11 +31,28 @@ struct Attention {
 constexpr std::int64_t kTile = 64;      // keys in a tile at most
 constexpr std::int64_t kRows = 96;      // rows that a task aims at: enough to use a tile of keys many times
 constexpr std::int64_t kManyRows = 12;  // from here on a tile is copied: keys transposed, values side by side
+constexpr std::int64_t kPart = 256;     // keys of a task of fewer rows than that
 
 // Keys in a tile: a multiple of every vector's length, so that they or their values fill half of a first-level cache.
 inline std::int64_t tile_width(std::int64_t head_size) {
     return std::clamp<std::int64_t>(4096 / head_size / 16 * 16, 16, kTile);
 }
+
+// A key-value head, the queries [first_query, last_query) and the keys [first_key, last_key).
+struct Task {
+    std::int64_t kv_head = 0;
+    std::int64_t first_query = 0;
+    std::int64_t last_query = 0;
+    std::int64_t first_key = 0;
+    std::int64_t last_key = 0;
+};
+
+// What a task makes of some of the keys, for each of its rows: to be joined with what others make of the rest.
+struct Partial {
+    float* sums = nullptr;     // [rows, head_size], weights times values
+    float* largest = nullptr;  // [rows], the largest score
+    float* totals = nullptr;   // [rows], the sum of the weights, which are relative to the largest score
+};
 
 // What one task needs, kept between tasks of a thread.
 struct Scratch {
@@ -82,7 +99,8 @@ struct Scratch {
 
 namespace boa {
 
-using Attend = void (*)(const Attention&, std::int64_t kv_head, std::int64_t first, std::int64_t last, Scratch&);
+// Without `partial`, the task has all keys of its queries and writes the results.
+using Attend = void (*)(const Attention&, const Task&, Scratch&, Partial* partial);
 
 struct AttentionKernel {
     const char* name;
@@ -101,9 +119,77 @@ inline AttentionKernel choose_attention() {
 #endif
 }
 
-// Queries of a task. It depends on nothing but the shapes, so that results do not depend on the number of threads.
-inline std::int64_t queries_per_task(const Attention& a) {
-    return std::max<std::int64_t>(1, kRows / (a.heads / a.kv_heads));
-}
+// How attention falls into tasks, which may run in any order and at once; then `finish`. It depends on nothing but the
+// shapes, so that results do not depend on the number of threads.
+class Plan {
+  public:
+    explicit Plan(const Attention& a)
+        : attention_(a),
+          group_(a.heads / a.kv_heads),
+          width_(std::max<std::int64_t>(1, kRows / group_)),
+          blocks_((a.queries + width_ - 1) / width_),
+          keys_(a.causal ? a.start + a.queries : a.keys),
+          // Few rows have many keys each: without parts there would be no more tasks than key-value heads.
+          parts_(a.queries * group_ < kManyRows ? std::max<std::int64_t>(1, (keys_ + kPart - 1) / kPart) : 1) {
+        if (parts_ > 1) {
+            const std::int64_t rows = a.queries * a.heads * parts_;
+            partials_.resize(static_cast<std::size_t>(rows * (a.head_size + 2)));
+        }
+    }
+
+    // Tasks of one key-value head follow each other: its cache is then read once from memory.
+    std::int64_t tasks() const { return attention_.kv_heads * blocks_ * parts_; }
+
+    void run(Attend attend, std::int64_t index, Scratch& scratch) {
+        const std::int64_t part = index % parts_;
+        const std::int64_t first = index / parts_ % blocks_ * width_;
+        Task task;
+        task.kv_head = index / parts_ / blocks_;
+        task.first_query = first;
+        task.last_query = std::min(first + width_, attention_.queries);
+        task.first_key = parts_ > 1 ? part * kPart : 0;
+        task.last_key = parts_ > 1 ? std::min(task.first_key + kPart, keys_) : keys_;
+        if (parts_ == 1) return attend(attention_, task, scratch, nullptr);
+        Partial partial = at(index);
+        attend(attention_, task, scratch, &partial);
+    }
+
+    // Joins the parts, where there are several.
+    void finish() {
+        if (parts_ == 1) return;
+        const std::int64_t depth = attention_.head_size;
+        const std::int64_t rows = attention_.queries * group_;
+        for (std::int64_t kv = 0; kv < attention_.kv_heads; ++kv) {
+            for (std::int64_t r = 0; r < rows; ++r) {
+                float largest = -std::numeric_limits<float>::infinity();
+                for (std::int64_t p = 0; p < parts_; ++p) largest = std::max(largest, at(kv * parts_ + p).largest[r]);
+                float* out = attention_.out + (r / group_ * attention_.heads + kv * group_ + r % group_) * depth;
+                std::fill_n(out, depth, 0.0f);
+                float total = 0;
+                for (std::int64_t p = 0; p < parts_; ++p) {
+                    const Partial partial = at(kv * parts_ + p);
+                    if (partial.totals[r] == 0) continue;  // everything masked
+                    const float weight = std::exp(partial.largest[r] - largest);
+                    total += weight * partial.totals[r];
+                    for (std::int64_t d = 0; d < depth; ++d) out[d] += weight * partial.sums[r * depth + d];
+                }
+                const float scale = total > 0 ? 1 / total : 0.0f;
+                for (std::int64_t d = 0; d < depth; ++d) out[d] *= scale;
+            }
+        }
+    }
+
+  private:
+    // Where there are parts there is one block of queries.
+    Partial at(std::int64_t index) {
+        const std::int64_t rows = attention_.queries * group_;
+        float* base = partials_.data() + index * rows * (attention_.head_size + 2);
+        return {base, base + rows * attention_.head_size, base + rows * (attention_.head_size + 1)};
+    }
+
+    const Attention& attention_;
+    const std::int64_t group_, width_, blocks_, keys_, parts_;
+    std::vector<float> partials_;
+};
 
 }  // namespace boa

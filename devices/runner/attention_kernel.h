@@ -201,14 +201,16 @@ BOA_TARGET inline float weigh(float* scores, std::int64_t key_count, float* larg
     return shrink;
 }
 
-// The rows are the query heads that share `kv_head`, for each of the queries [first, last).
-BOA_TARGET inline void attend(const Attention& a, std::int64_t kv_head, std::int64_t first, std::int64_t last,
-                              Scratch& scratch) {
+// The rows are the query heads that share the key-value head, one after the other for each query.
+BOA_TARGET inline void attend(const Attention& a, const Task& task, Scratch& scratch, Partial* partial) {
     const std::int64_t group = a.heads / a.kv_heads;
+    const std::int64_t kv_head = task.kv_head;
+    const std::int64_t first = task.first_query;
+    const std::int64_t last = task.last_query;
     const std::int64_t count = (last - first) * group;
     const std::int64_t depth = a.head_size;
     const std::int64_t stride = a.kv_heads * depth;
-    const std::int64_t key_count = a.causal ? a.start + last : a.keys;
+    const std::int64_t key_count = std::min(task.last_key, a.causal ? a.start + last : a.keys);
     scratch.resize(count, depth);
     float* queries = scratch.queries.data();
     float* scores = scratch.scores.data();
@@ -218,7 +220,7 @@ BOA_TARGET inline void attend(const Attention& a, std::int64_t kv_head, std::int
         for (std::int64_t d = 0; d < depth; ++d) queries[r * depth + d] = query[d] * a.scale;
     }
     const std::int64_t width = tile_width(depth);
-    for (std::int64_t tile = 0; tile < key_count; tile += width) {
+    for (std::int64_t tile = task.first_key; tile < key_count; tile += width) {
         const std::int64_t here = std::min(width, key_count - tile);
         const float* keys = a.key + tile * stride + kv_head * depth;
         const float* values = a.value + tile * stride + kv_head * depth;
@@ -250,6 +252,12 @@ BOA_TARGET inline void attend(const Attention& a, std::int64_t kv_head, std::int
             }
         }
         multiply(scores, kTile, values, value_stride, sums, depth, count, here, depth);
+    }
+    if (partial != nullptr) {
+        std::copy_n(sums, count * depth, partial->sums);
+        std::copy_n(scratch.largest.data(), count, partial->largest);
+        std::copy_n(scratch.totals.data(), count, partial->totals);
+        return;
     }
     for (std::int64_t r = 0; r < count; ++r) {
         float* out = a.out + ((first + r / group) * a.heads + kv_head * group + r % group) * depth;

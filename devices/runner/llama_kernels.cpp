@@ -79,15 +79,11 @@ void update_cache(KernelRuntimeContext& context, Arguments arguments) {
 }
 
 void attend_all(const boa::Attention& attention) {
-    const std::int64_t width = boa::queries_per_task(attention);
-    const std::int64_t blocks = (attention.queries + width - 1) / width;
-    const std::int64_t tasks = attention.kv_heads * blocks;
-    // Tasks of one key-value head follow each other: its cache is then read once from memory.
+    boa::Plan plan(attention);
+    const std::int64_t tasks = plan.tasks();
     const auto run = [&](std::size_t task) {
         thread_local boa::Scratch scratch;
-        const std::int64_t first = static_cast<std::int64_t>(task) % blocks * width;
-        const std::int64_t last = std::min(first + width, attention.queries);
-        kernel.attend(attention, static_cast<std::int64_t>(task) / blocks, first, last, scratch);
+        plan.run(kernel.attend, static_cast<std::int64_t>(task), scratch);
     };
     const std::int64_t keys = attention.causal ? attention.start + attention.queries : attention.keys;
     if (tasks > 1 && attention.queries * attention.heads * attention.head_size * keys >= kWorthThreads) {
@@ -95,6 +91,7 @@ void attend_all(const boa::Attention& attention) {
     } else {
         for (std::int64_t task = 0; task < tasks; ++task) run(static_cast<std::size_t>(task));
     }
+    plan.finish();
 }
 
 void custom_sdpa(KernelRuntimeContext& context, Arguments arguments) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,10 @@ def test_the_number_of_threads_changes_nothing(bundles: dict[str, Path]) -> None
     assert two.logits is not None
     np.testing.assert_array_equal(one.logits, two.logits)
     assert two.events[0]["threads"] == 2
+    # A prompt is enough work for attention to be shared between the threads.
+    request = GenerateRequest(text(ATTENTION, 130), 20)
+    runs = [open_device("host").run(bundles["attention"], replace(request, threads=n)) for n in (1, 2, 3)]
+    assert ids(runs[0]) == ids(runs[1]) == ids(runs[2])
 
 
 @pytest.mark.parametrize("device", ["host", EMULATED[0]])
