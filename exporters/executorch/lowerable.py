@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from toolchain.quantized import QuantizedWeight
 ACCEPTED = "decoders with RMS norms, rotary or no positions and a gated MLP with SiLU or tanh-approximated GELU"
 
 GROUP = 32
+_VERSIONS = ("1.5.1",)
 _LONGEST_CONTEXT, _PREFILL = 2048, 128
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
@@ -88,6 +90,12 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
     Raises:
         BoaEdgeError, UsageError: with what is accepted.
     """
+    if (version := importlib.metadata.version("executorch")) not in _VERSIONS:
+        # Delegates are written in its schema, which it may change.
+        known = ", ".join(_VERSIONS)
+        raise BoaEdgeError(
+            f"ExecuTorch {version} is installed; programs are written for {known}", fix="Run `make setup`"
+        )
     spec = checkpoint.spec
     config = checkpoint.path / "config.json"
     if found := obstacles(spec):

@@ -97,6 +97,12 @@ def test_wishes_refused(
     refused(tiny.path, tmp_path / "bundle", match, monkeypatch, **wishes)
 
 
+def test_another_version_refused(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = make_tiny(embedding_group_size=None)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.0.0")
+    refused(tiny.path, tmp_path / "bundle", r"ExecuTorch 2\.0\.0 is installed; .*1\.5\.1", monkeypatch)
+
+
 def test_lengths_are_not_for_onnx(make_tiny: MakeTiny, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"onnx takes no --context and no --prefill"):
         export(make_tiny().path, "onnx", tmp_path / "bundle", context_length=64)
