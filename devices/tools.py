@@ -81,6 +81,9 @@ SSHD = Tool(
     target="usr/sbin/sshd",
     private=True,
 )
+# Android's commands and shell, as Debian packages them.
+TOYBOX = Tool("toybox", ("toybox",), "toybox", "Android's commands, for the tests")
+MKSH = Tool("mksh", ("mksh",), "mksh", "Android's shell, for the tests", target="bin/mksh")
 CHROMIUM = Tool(
     "chromium",
     ("chromium", "chromium-browser", "google-chrome"),
@@ -92,7 +95,7 @@ CHROMIUM = Tool(
 )
 
 SETUP_TOOLS = (HOST, CROSS, QEMU, ADB, SSH)
-TEST_TOOLS = (CHROMIUM, SSHD)
+TEST_TOOLS = (CHROMIUM, SSHD, TOYBOX, MKSH)
 
 
 def system_directory() -> Path:

@@ -134,6 +134,7 @@ class RemoteWorkplace:
     def _script(self, command: Sequence[str], marker: EndMarker) -> str:
         """The run on the device: its process id recorded, ended by a watcher there when its time is up.
 
+        Its children are ended with it: one that holds its output would keep the shell from ending.
         The watcher looks once a second, so that it is gone a second after the run whatever happens to it.
         """
         program = shlex.join(command)
@@ -143,7 +144,7 @@ class RemoteWorkplace:
             start = f"env {_ENVIRONMENT} LD_LIBRARY_PATH={shlex.quote(self.directory)} {program}"
         # What waits works elsewhere: whatever works in the directory is taken for the program.
         late = shlex.quote(self.path("timed-out"))
-        return f"""cd {shlex.quote(self.directory)} || exit 1
+        return f"""{_END}cd {shlex.quote(self.directory)} || exit 1
 {start} </dev/null &
 p=$!
 echo $p > pid
@@ -155,6 +156,8 @@ wait $p
 c=$?
 kill $w 2>/dev/null
 [ -f timed-out ] && c={TIMED_OUT}
+cd /
+end_run {shlex.quote(self.directory)} 2>/dev/null
 {marker.print_code("$c")}"""
 
     def _end_process(self) -> None:

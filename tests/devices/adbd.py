@@ -84,6 +84,8 @@ class Phone:
         self.processes: set[int] = set()
         self._emulate = (*emulate, "-L", str(root))
         self.properties = dict(PROPERTIES)
+        self._shell = "/bin/sh"
+        self._path = f"{root}/bin:/usr/bin:/bin"
         self.data.mkdir(parents=True)
         for name, content in fake_files(cpu).items():
             self.write(name, content)
@@ -132,6 +134,15 @@ class Phone:
         self.write(f"bin/{name}", f"#!/bin/sh\n{script}\n")
         (self.root / "bin" / name).chmod(0o755)
 
+    def userland(self, shell: Path, multiplexer: Path) -> None:
+        """Android's own shell and its one program for all commands, and nothing of this machine's."""
+        listed = subprocess.run([str(multiplexer)], capture_output=True, text=True, check=True, timeout=60)
+        for name in listed.stdout.split():
+            if not (self.root / "bin" / name).exists():
+                self.program(name, f'exec {multiplexer} {name} "$@"')
+        self._shell = str(shell)
+        self._path = f"{self.root}/bin"
+
     def real(self, path: str) -> Path | None:
         """Where a path of the phone stands; None for one that its shell user may not write."""
         return Path(f"{self.root}{path}") if path.startswith(_HOME) and ".." not in path else None
@@ -142,9 +153,9 @@ class Phone:
         text = _MOVED.sub(lambda found: f"{self.root}{found[0]}", command)
         text = _LOADER.sub(rf"{' '.join(self._emulate)} \1", text)
         process = subprocess.Popen(
-            ["/bin/sh", "-c", text],
+            [self._shell, "-c", text],
             cwd=self.root,
-            env={"PATH": f"{self.root}/bin:/usr/bin:/bin", "HOME": "/"},
+            env={"PATH": self._path, "HOME": "/"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

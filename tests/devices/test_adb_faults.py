@@ -331,6 +331,25 @@ def test_a_device_without_sha256sum_is_checked_by_fetching(make: Make, daemon: A
     assert any("no sha256sum" in note for note in result.notes)
 
 
+def test_androids_own_shell_and_commands_are_enough(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    shell, commands = tools.find(tools.MKSH), tools.find(tools.TOYBOX)
+    if shell is None or commands is None:
+        pytest.skip("no toybox and mksh here; `make test` fetches them")
+    daemon.phone.userland(shell, commands)
+    device = make(SLOWLY)
+    daemon.phone.faults.cut_output = [b'"event": "prefill"']
+    daemon.phone.faults.damage_push = 1
+    result = device.run(tiny_bundle, GENERATE)
+    assert_right(result)
+    assert_clean(daemon)
+    assert result.notes == ()
+    assert result.state["before"]["temperatures_c"] == {"zone0:cpu": 41.5}
+    assert device.fingerprint()["governors"]["cpu3"] == "schedutil"
+    with pytest.raises(BoaEdgeError, match="longer than 1 s on the device"):
+        make('head -n 4 "$here/events"\nsleep 600', time_limit_s=1).run(tiny_bundle, GENERATE)
+    assert_clean(daemon)
+
+
 def test_a_device_where_files_cannot_be_linked_gets_copies(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
     daemon.phone.program("ln", "exit 1")
     assert_right(make().run(tiny_bundle, GENERATE))
