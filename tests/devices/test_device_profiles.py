@@ -121,6 +121,50 @@ def test_a_users_own_profile_is_a_device(tmp_path: Path) -> None:
     assert (device.name, device.execution) == ("my-board", "emulated")
 
 
+def test_profiles_of_the_users_own_stand_in_the_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "boa-edge" / "devices"
+    place.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (place / "board.toml").write_text(VALID, encoding="utf-8")
+    (place / "broken.toml").write_text("transport = 1", encoding="utf-8")
+    (place / "ssh.toml").write_text('description = "mine"\ntransport = "ssh"\nhost = "pi@board"\n', encoding="utf-8")
+    assert (open_device("board").name, open_device("board").execution) == ("board", "emulated")
+    assert load_profile("ssh").host == "pi@board"  # the user's wins over ours
+    assert list(known_profiles()).count("ssh") == 1
+    monkeypatch.setenv("PATH", str(tmp_path))
+    statuses = {status.name: status for status in list_devices()}
+    assert "host" in statuses
+    assert not statuses["broken"].usable
+    assert str(place / "broken.toml") in " ".join(statuses["broken"].missing)
+
+
+def test_paths_in_a_profile_are_relative_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "phone.toml"
+    text = 'description = "x"\ntransport = "adb"\nrunner_path = "build/runner"\nrunner_files = ["lib.so"]\n'
+    path.write_text(text, encoding="utf-8")
+    profile = read_profile(path)
+    assert profile.runner_path == tmp_path / "build" / "runner"
+    assert profile.runner_files == (tmp_path / "lib.so",)
+
+
+def test_a_target_after_a_colon_is_the_serial_or_the_host() -> None:
+    assert load_profile("android:192.168.1.5:5555").serial == "192.168.1.5:5555"
+    assert load_profile("ssh:pi@board").host == "pi@board"
+    assert load_profile("ssh:pi@board").name == "ssh:pi@board"
+    for name in ("arm64:x", "android:", "android:-s", "android:a b"):
+        with pytest.raises(UsageError):
+            load_profile(name)
+
+
+def test_the_profile_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8")
+    block = text.split("    # ~/.config/boa-edge/devices/pixel.toml")[1].split("\n\n")[0]
+    path = tmp_path / "pixel.toml"
+    path.write_text("#" + block.replace("\n    ", "\n"), encoding="utf-8")
+    profile = read_profile(path)
+    assert (profile.transport, profile.serial, profile.server) == ("adb", "0A1B2C3D", "labhost:5037")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"), [("arm46", "Did you mean arm64?"), ("zzz", "host, android, arm64, arm64-a53")]
 )
