@@ -253,6 +253,8 @@ def run(
     compare: CompareOption = "rtn,gptq",
     activations: ActivationsOption = None,
     form: FormOption = None,
+    context: ContextOption = None,
+    prefill: PrefillOption = None,
 ) -> None:
     """All stages: OUTPUT/checkpoint, OUTPUT/bundle, OUTPUT/report. Finished stages of the same request are kept."""
     from boa_edge.pipeline import run_all
@@ -269,6 +271,8 @@ def run(
             compare=_names(compare),
             activations=activations,
             form=form,
+            context_length=context,
+            prefill_length=prefill,
         )
     )
 

@@ -38,11 +38,20 @@ def run_all(
     compare: tuple[str, ...],
     activations: Activations | None,
     form: str | None = None,
+    context_length: int | None = None,
+    prefill_length: int | None = None,
 ) -> dict[str, Any]:
-    """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work."""
+    """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work.
+
+    The lengths are for the runtimes whose programs have a cache of their own (executorch).
+    """
     chosen = load_recipe(recipe)
     runtimes = _runtimes(runtime, form)
-    _foresee(chosen, model, runtimes, activations)
+    lengths = {"context_length": context_length, "prefill_length": prefill_length}
+    if not any(EXPORTERS[name].lengths for name, _ in runtimes.values()) and any(lengths.values()):
+        problem = f"{runtime} takes no --context and no --prefill: its graph bounds neither"
+        raise UsageError(problem, fix="Leave them out")
+    _foresee(chosen, model, runtimes, activations, lengths)
     open_device(device)
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -64,12 +73,13 @@ def run_all(
     )
     bundles = [output / (name if name == "bundle" else f"bundle-{name}") for name in runtimes]
     for bundle, (name, shape) in zip(bundles, runtimes.values(), strict=True):
-        exporting = {**quantizing, "runtime": name, "activations": activations, "form": shape}
+        own = lengths if EXPORTERS[name].lengths else {}
+        exporting = {**quantizing, "runtime": name, "activations": activations, "form": shape, **own}
         _stage(
             output,
             bundle,
             exporting,
-            partial(_export, checkpoint, name, bundle, activations=activations, form=shape),
+            partial(_export, checkpoint, name, bundle, activations=activations, form=shape, **own),
         )
     # Measurements are made anew each time: the device is not part of the request.
     results = measure_together(bundles, device, report, Wishes(), overwrite=True)
@@ -96,14 +106,19 @@ def _runtimes(runtime: str, form: str | None) -> dict[str, tuple[str, str | None
 
 
 def _foresee(
-    recipe: Recipe, model: str, runtimes: dict[str, tuple[str, str | None]], activations: Activations | None
+    recipe: Recipe,
+    model: str,
+    runtimes: dict[str, tuple[str, str | None]],
+    activations: Activations | None,
+    lengths: dict[str, int | None],
 ) -> None:
     """UsageError for what no export could hold, before hours of quantizing."""
     config = Path(model).expanduser() / "config.json"
     spec = describe(read_json(config, "the model's config"), config) if config.is_file() else None
     for runtime, form in runtimes.values():
         exporter = EXPORTERS[runtime]
-        exporter.foresee(recipe, spec, Request(activations or "int8", form or exporter.forms[0]))
+        own = lengths if exporter.lengths else {}
+        exporter.foresee(recipe, spec, Request(activations or "int8", form or exporter.forms[0], **own))
 
 
 def _export(checkpoint: Path, runtime: str, bundle: Path, **choices: Any) -> dict[str, Any]:

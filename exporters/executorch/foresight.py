@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from boa_edge.errors import UsageError
 from exporters.base import Request
-from exporters.executorch.lowerable import ACCEPTED, GROUP, lengths, obstacles
+from exporters.executorch.lowerable import ACCEPTED, GROUP, check_windows, lengths, obstacles
 from toolchain.families import DecoderSpec
 from toolchain.recipe import Recipe
 
@@ -48,4 +48,4 @@ def foresee(recipe: Recipe, spec: DecoderSpec | None, request: Request) -> None:
         if found := obstacles(spec):
             problem = f"ExecuTorch export of the family {spec.family!r} is not there, for want of: {', '.join(found)}"
             raise UsageError(problem, where="the model", fix=f"Accepted: {ACCEPTED}")
-        lengths(spec, request)
+        check_windows(spec, lengths(spec, request), "the model")

@@ -70,6 +70,16 @@ def lengths(spec: DecoderSpec, request: Request) -> Lengths:
     return Lengths(context, prefill)
 
 
+def check_windows(spec: DecoderSpec, bound: Lengths, where: object) -> None:
+    """BoaEdgeError where some layer would have to see less than the cache holds."""
+    if windows := [each.window for each in spec.attention if each.window and each.window < bound.context]:
+        raise BoaEdgeError(
+            f"some layers see {min(windows)} tokens, and ExecuTorch's attention operator has no window",
+            where=where,
+            fix=f"Export with --context {min(windows)} or less, within which they see everything",
+        )
+
+
 def schemes(checkpoint: Checkpoint) -> Iterator[tuple[str, Scheme]]:
     """Every quantized linear with its grid, without reading the weights; not the embedding table."""
     spec = checkpoint.spec
@@ -104,13 +114,7 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
             where=config,
             fix=f"Accepted: {ACCEPTED}",
         )
-    context = lengths(spec, request).context
-    if windows := [each.window for each in spec.attention if each.window and each.window < context]:
-        raise BoaEdgeError(
-            f"some layers see {min(windows)} tokens, and ExecuTorch's attention operator has no window",
-            where=config,
-            fix=f"Export with --context {min(windows)} or less, within which they see everything",
-        )
+    check_windows(spec, lengths(spec, request), config)
     if checkpoint.kv_cache is not None:
         raise BoaEdgeError(
             "ExecuTorch export keeps keys and values in float32, and this checkpoint asks for an int8 cache",

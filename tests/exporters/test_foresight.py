@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from boa_edge.errors import UsageError
+from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.pipeline import run_all
 from exporters import EXPORTERS, Request
 from tests.conftest import make_model, tiny_config
-from tests.toolchain.families import CONFIGS
+from tests.toolchain.families import CONFIGS, WINDOW
 from toolchain.families import describe
 from toolchain.recipe import DEFAULT_RECIPE, load_recipe, parse_recipe
 
@@ -64,6 +64,14 @@ def test_models_that_no_program_holds(runtime: str) -> None:
     opt = describe(CONFIGS["opt"]().to_dict() | {"architectures": ["OPTForCausalLM"]}, "test")
     with pytest.raises(UsageError, match="layer norms"):
         exporter.foresee(recipe(), opt, Request("int8", exporter.forms[0]))
+
+
+def test_windows_shorter_than_the_context_are_refused_with_the_context_that_goes() -> None:
+    spec = describe(CONFIGS["gemma3"]().to_dict() | {"architectures": ["Gemma3ForCausalLM"]}, "test")
+    exporter = EXPORTERS["executorch"]
+    with pytest.raises(BoaEdgeError, match=f"--context {WINDOW}"):
+        exporter.foresee(recipe(), spec, Request("int8", "llm"))
+    exporter.foresee(recipe(), spec, Request("int8", "llm", context_length=WINDOW, prefill_length=WINDOW))
 
 
 @pytest.mark.parametrize(
