@@ -137,20 +137,24 @@ class Plan {
         }
     }
 
-    // Tasks of one key-value head follow each other: its cache is then read once from memory.
+    // Tasks that follow each other share what they read: one key-value head where there are many rows, one part of the
+    // keys, whose heads lie beside each other in memory, where there are few.
     std::int64_t tasks() const { return attention_.kv_heads * blocks_ * parts_; }
 
     void run(Attend attend, std::int64_t index, Scratch& scratch) {
-        const std::int64_t part = index % parts_;
-        const std::int64_t first = index / parts_ % blocks_ * width_;
         Task task;
-        task.kv_head = index / parts_ / blocks_;
-        task.first_query = first;
-        task.last_query = std::min(first + width_, attention_.queries);
-        task.first_key = parts_ > 1 ? part * kPart : 0;
-        task.last_key = parts_ > 1 ? std::min(task.first_key + kPart, keys_) : keys_;
-        if (parts_ == 1) return attend(attention_, task, scratch, nullptr);
-        Partial partial = at(index);
+        if (parts_ == 1) {
+            task.kv_head = index / blocks_;
+            task.first_query = index % blocks_ * width_;
+            task.last_query = std::min(task.first_query + width_, attention_.queries);
+            task.last_key = keys_;
+            return attend(attention_, task, scratch, nullptr);
+        }
+        task.kv_head = index % attention_.kv_heads;
+        task.last_query = attention_.queries;
+        task.first_key = index / attention_.kv_heads * kPart;
+        task.last_key = std::min(task.first_key + kPart, keys_);
+        Partial partial = at(task.kv_head, index / attention_.kv_heads);
         attend(attention_, task, scratch, &partial);
     }
 
@@ -162,12 +166,12 @@ class Plan {
         for (std::int64_t kv = 0; kv < attention_.kv_heads; ++kv) {
             for (std::int64_t r = 0; r < rows; ++r) {
                 float largest = -std::numeric_limits<float>::infinity();
-                for (std::int64_t p = 0; p < parts_; ++p) largest = std::max(largest, at(kv * parts_ + p).largest[r]);
+                for (std::int64_t p = 0; p < parts_; ++p) largest = std::max(largest, at(kv, p).largest[r]);
                 float* out = attention_.out + (r / group_ * attention_.heads + kv * group_ + r % group_) * depth;
                 std::fill_n(out, depth, 0.0f);
                 float total = 0;
                 for (std::int64_t p = 0; p < parts_; ++p) {
-                    const Partial partial = at(kv * parts_ + p);
+                    const Partial partial = at(kv, p);
                     if (partial.totals[r] == 0) continue;  // everything masked
                     const float weight = std::exp(partial.largest[r] - largest);
                     total += weight * partial.totals[r];
@@ -180,10 +184,9 @@ class Plan {
     }
 
   private:
-    // Where there are parts there is one block of queries.
-    Partial at(std::int64_t index) {
+    Partial at(std::int64_t kv_head, std::int64_t part) {
         const std::int64_t rows = attention_.queries * group_;
-        float* base = partials_.data() + index * rows * (attention_.head_size + 2);
+        float* base = partials_.data() + (kv_head * parts_ + part) * rows * (attention_.head_size + 2);
         return {base, base + rows * attention_.head_size, base + rows * (attention_.head_size + 1)};
     }
 

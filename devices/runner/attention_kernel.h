@@ -132,27 +132,44 @@ BOA_TARGET inline void dots(const float* queries, const float* keys, std::int64_
     }
 }
 
+// The keys come from main memory and each is used once, in steps too long for a CPU to foresee. So the next ones are
+// asked for in time, and the values that will be wanted after the scores.
+template <int K>
+BOA_TARGET inline void prefetch(const float* keys, const float* values, std::int64_t stride, std::int64_t depth) {
+    constexpr std::int64_t kAhead = 8;
+    constexpr std::int64_t kLine = 16;
+    for (std::int64_t k = 0; k < K; ++k) {
+        for (std::int64_t d = 0; d < depth; d += kLine) {
+            __builtin_prefetch(keys + (k + kAhead) * stride + d);
+            __builtin_prefetch(values + k * stride + d);
+        }
+    }
+}
+
 template <int R, int K>
-BOA_TARGET inline void score_rows(const float* queries, const float* keys, std::int64_t ldk, float* scores,
-                                  std::int64_t key_count, std::int64_t depth) {
+BOA_TARGET inline void score_rows(const float* queries, const float* keys, const float* values, std::int64_t ldk,
+                                  float* scores, std::int64_t key_count, std::int64_t depth) {
     std::int64_t j = 0;
-    for (; j + K <= key_count; j += K) dots<R, K>(queries, keys + j * ldk, ldk, scores + j, depth);
+    for (; j + K <= key_count; j += K) {
+        prefetch<K>(keys + j * ldk, values + j * ldk, ldk, depth);
+        dots<R, K>(queries, keys + j * ldk, ldk, scores + j, depth);
+    }
     for (; j < key_count; ++j) dots<R, 1>(queries, keys + j * ldk, ldk, scores + j, depth);
 }
 
 // Few rows: they stay in registers, as many as there are, while the keys go by.
-BOA_TARGET inline void score_few(const float* queries, const float* keys, std::int64_t ldk, float* scores,
-                                 std::int64_t count, std::int64_t key_count, std::int64_t depth) {
+BOA_TARGET inline void score_few(const float* queries, const float* keys, const float* values, std::int64_t ldk,
+                                 float* scores, std::int64_t count, std::int64_t key_count, std::int64_t depth) {
     std::int64_t r = 0;
     for (; r + 4 <= count; r += 4) {
-        score_rows<4, 2>(queries + r * depth, keys, ldk, scores + r * kTile, key_count, depth);
+        score_rows<4, 2>(queries + r * depth, keys, values, ldk, scores + r * kTile, key_count, depth);
     }
     queries += r * depth;
     scores += r * kTile;
     switch (count - r) {
-        case 3: return score_rows<3, 4>(queries, keys, ldk, scores, key_count, depth);
-        case 2: return score_rows<2, 4>(queries, keys, ldk, scores, key_count, depth);
-        case 1: return score_rows<1, 4>(queries, keys, ldk, scores, key_count, depth);
+        case 3: return score_rows<3, 4>(queries, keys, values, ldk, scores, key_count, depth);
+        case 2: return score_rows<2, 4>(queries, keys, values, ldk, scores, key_count, depth);
+        case 1: return score_rows<1, 4>(queries, keys, values, ldk, scores, key_count, depth);
         default: return;
     }
 }
@@ -226,7 +243,7 @@ BOA_TARGET inline void attend(const Attention& a, const Task& task, Scratch& scr
         const float* values = a.value + tile * stride + kv_head * depth;
         std::int64_t value_stride = stride;
         if (count < kManyRows) {
-            score_few(queries, keys, stride, scores, count, here, depth);
+            score_few(queries, keys, values, stride, scores, count, here, depth);
         } else {
             score_many(queries, keys, stride, scratch.transposed.data(), scores, count, here, depth, width);
             // Rows that lie a power of two apart would push each other out of the cache.
