@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -407,17 +409,34 @@ def test_another_processor_is_refused(daemon: Adbd, tiny_bundle: Path) -> None:
         open_device(f"android:{daemon.serial}").run(tiny_bundle, GENERATE)
 
 
-def test_an_adb_server_elsewhere(make: Make, daemon: Adbd, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def no_server(free_port: int) -> Iterator[None]:
+    """The user's own server would be at a port where nobody listens; only for the block, or its clean-up starts one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANDROID_ADB_SERVER_PORT", str(free_port))
+        yield
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_an_adb_server_elsewhere(make: Make, free_port: int, tiny_bundle: Path) -> None:
     port = os.environ["ANDROID_ADB_SERVER_PORT"]
-    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", "1")
-    assert_right(make(server=f"127.0.0.1:{port}").run(tiny_bundle, GENERATE))
-    with pytest.raises(BoaEdgeError, match=r"adb server at 127\.0\.0\.1:1 cannot be reached"):
-        make(server="127.0.0.1:1").run(tiny_bundle, GENERATE)
+    with no_server(free_port):
+        assert_right(make(server=f"127.0.0.1:{port}").run(tiny_bundle, GENERATE))
+        with pytest.raises(BoaEdgeError, match=rf"adb server at 127\.0\.0\.1:{free_port} cannot be reached"):
+            make(server=f"127.0.0.1:{free_port}").run(tiny_bundle, GENERATE)
 
 
-def test_listing_devices_starts_no_server(monkeypatch: pytest.MonkeyPatch, daemon: Adbd) -> None:
-    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", "1")
-    assert "no adb server is running" in " ".join(open_device("android").status().missing)
+def test_listing_devices_starts_no_server(free_port: int) -> None:
+    with no_server(free_port):
+        assert "no adb server is running" in " ".join(open_device("android").status().missing)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", free_port)) != 0
 
 
 def test_a_phone_is_never_called_emulated_nor_an_emulator_a_phone(daemon: Adbd, tmp_path: Path) -> None:

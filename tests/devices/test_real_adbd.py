@@ -1,8 +1,8 @@
 """The harness against Android's own daemon, where one is at hand: Debian's package `adbd` (bookworm-backports, trixie).
 
 It asks nobody for permission and listens on every interface, so it runs in a network namespace, which takes root; its
-virtual-machine socket is not covered by that. `$BOA_EDGE_ADBD` names the program where it is not installed. What runs on
-the device is a script: this adbd is for the machine that it runs on.
+virtual-machine socket is not covered by that. `$BOA_EDGE_ADBD` names the program where it is not installed. What runs
+on the device is a script: this adbd is for the machine that it runs on.
 """
 
 from __future__ import annotations
