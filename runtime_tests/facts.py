@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from boa_edge.errors import BoaEdgeError
+from boa_edge.files import read_json
 from exporters.bundle import Bundle
 from runtime_tests.activations import quantizes_activations
 from runtime_tests.figure import figure
@@ -26,6 +27,7 @@ class BundleFacts:
 
     path: Path
     deployed: Deployed
+    config: dict[str, Any]
     reference: Reference
     provenance: Provenance
 
@@ -41,6 +43,7 @@ def open_bundle(path: Path) -> BundleFacts:
     return BundleFacts(
         path=path,
         deployed=_deployed(bundle, provenance),
+        config=_config(path / "config.json"),
         reference=read_reference(path / "reference" / "reference.safetensors", bundle.runtime.vocab_size),
         provenance=provenance,
     )
@@ -70,6 +73,12 @@ def _deployed(bundle: Bundle, provenance: Provenance) -> Deployed:
         placement=read_placement(bundle),
         files=files,
     )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The source model's config.json; empty where the bundle has none."""
+    document = read_json(path, "the model's config") if path.exists() else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _recipe(path: Path) -> dict[str, Any] | None:

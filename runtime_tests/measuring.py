@@ -16,6 +16,7 @@ from boa_edge.files import disk_errors, output_directory, write_json, write_text
 from boa_edge.progress import say
 from devices.contract import Device, Execution, GenerateRequest, RunResult, ScoreRequest
 from runtime_tests.cost import cost
+from runtime_tests.estimate import estimates
 from runtime_tests.events import Generation, attention_of, gather_generation, load_time, runtime_of, score_time
 from runtime_tests.facts import BundleFacts, open_bundle
 from runtime_tests.fidelity import check_logits, score
@@ -227,6 +228,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         samples=samples(generation, loads, score_time(session.results[0]), execution),
         quantization=quantization(facts.provenance, facts.deployed.recipe),
         profile=operators,
+        estimates=estimates(facts.deployed, facts.config),
         reproduce=commands(facts.deployed, facts.provenance, settings, device.name),
         notes=(
             *notes(greedy, fidelity, facts.deployed),

@@ -407,6 +407,25 @@ class OperatorProfile(Frozen):
     operators: tuple[OperatorTime, ...]
 
 
+class Estimate(Frozen):
+    """What memory bandwidth allows a device that was not there; no measurement, and never put among them.
+
+    Attributes:
+        bytes_per_token: weights that a generated token reads.
+        decode_speed, decode_speed_low, decode_speed_high: at the usual, a low and a high share of the peak bandwidth.
+        basis: the published figures that these shares are from.
+    """
+
+    device: str
+    chip: str
+    peak_bandwidth: Figure
+    bytes_per_token: Figure
+    decode_speed: Figure
+    decode_speed_low: Figure
+    decode_speed_high: Figure
+    basis: str
+
+
 class Variant(Frozen):
     """One of several bundles of the same model that were measured together: one device, text, prompt and settings.
 
@@ -450,6 +469,7 @@ class Report(Frozen):
     samples: Samples
     quantization: Quantization
     variants: tuple[Variant, ...] = ()
+    estimates: tuple[Estimate, ...] = ()
     profile: OperatorProfile | None = None
     reproduce: tuple[str, ...]
     notes: tuple[str, ...]

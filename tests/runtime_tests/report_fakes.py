@@ -186,7 +186,7 @@ def make_bundle(
         "head_dim": 64,
     }
     (path / "runtime.json").write_text(json.dumps(runtime))
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": VOCABULARY}))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 32}))
     (path / "generation_config.json").write_text("{}")
     write_tokenizer(path / "tokenizer.json", words(hostile))
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
