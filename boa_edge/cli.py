@@ -145,6 +145,7 @@ def measure(
     threads: Annotated[
         str, typer.Option(help="Threads of the runtime; speeds also with each further number, such as 1,2,4.")
     ] = "1",
+    cores: Annotated[str | None, typer.Option(help="CPU cores to run on, such as 4,5,6,7 (default: any).")] = None,
     workload: Annotated[
         str | None, typer.Option(help="What is timed: pp<prompt>/tg<generated> tokens; pp128/tg64 on real devices.")
     ] = None,
@@ -159,7 +160,8 @@ def measure(
     from runtime_tests import Wishes, measure_together, print_summary
 
     quiet_transformers()
-    wishes = Wishes(_counts(threads, "--threads"), warmup, repeats, new_tokens, score_tokens, workload)
+    pinned = () if cores is None else _counts(cores, "--cores")
+    wishes = Wishes(_counts(threads, "--threads"), warmup, repeats, new_tokens, score_tokens, workload, pinned)
     reports = measure_together(bundles, device, output, wishes, profile=profile, overwrite=overwrite)
     for report in reports:
         print_summary(report)

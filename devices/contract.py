@@ -30,6 +30,7 @@ class GenerateRequest:
         repeats: counted runs.
         threads: intra-op threads of the runtime.
         profile: have the runtime record the time of every operator, which slows it down.
+        cores: numbers of the CPU cores to run on; empty for any.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +39,7 @@ class GenerateRequest:
     repeats: int = 1
     threads: int = 1
     profile: bool = False
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ScoreRequest:
 
     tokens: tuple[int, ...]
     threads: int = 1
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from boa_edge.progress import say
 from devices import binaries
 from devices.bundle import Program, read_program
 from devices.contract import DeviceStatus, Event, Execution, GenerateRequest, RunResult, ScoreRequest
+from devices.cooling import wait_until_cool
 from devices.events import EventStream
 from devices.own_runner import own_files
 from devices.process import Outcome
@@ -28,6 +29,7 @@ _LOGITS = "logits.bin"
 _PROFILE = "profile.bin"
 _SILENCE_VARIABLE = "BOA_EDGE_SILENCE_LIMIT"
 _ATTEMPTS = 3
+_MOST_CORES = 1024  # that a CPU mask of the C library has room for
 # A runner cannot have worked for longer than it took as seen from here; clocks are read a little apart.
 _CLOCK_TOLERANCE = 1.02
 _CLOCK_SLACK_S = 0.05
@@ -116,12 +118,13 @@ class RunnerDevice:
                 workplace.push(program.directory / name, name)
             self._push_tokens(workplace, request)
             arguments = _arguments(program, request, workplace)
-            before = workplace.state()
+            below = self._profile.start_below_c if isinstance(request, GenerateRequest) else None
+            before = wait_until_cool(workplace.state, below, self._profile.cool_down_limit_s, self.name)
             events = self._execute(workplace, executable, arguments, program, request, on_event)
             after = workplace.state()
             instructions = workplace.instructions()
             logits = self._read_logits(workplace, program, request) if isinstance(request, ScoreRequest) else None
-            profile = workplace.pull(_PROFILE).read_bytes() if _profiled(request) else None
+            profile = self._read_profile(workplace) if _profiled(request) else None
             return RunResult(
                 events=events,
                 logits=logits,
@@ -241,6 +244,13 @@ class RunnerDevice:
             raise BoaEdgeError("the logits hold values that are not finite", where=f"device {self.name}")
         return logits
 
+    def _read_profile(self, workplace: Workplace) -> bytes:
+        path = workplace.pull(_PROFILE)
+        content = path.read_bytes() if path.is_file() else b""
+        if not content:
+            raise BoaEdgeError("the runner left no operator profile", where=f"device {self.name}")
+        return content
+
     def _silence_limit(self) -> float:
         text = os.environ.get(_SILENCE_VARIABLE)
         if text is None:
@@ -276,6 +286,8 @@ def _arguments(program: Program, request: GenerateRequest | ScoreRequest, workpl
         arguments += ["--warmup", str(request.warmup), "--repeats", str(request.repeats)]
         if request.profile:
             arguments += ["--profile", workplace.path(_PROFILE)]
+    if request.cores:
+        arguments += ["--cores", ",".join(map(str, request.cores))]
     if program.prefill_length is not None:
         arguments += ["--prefill", str(program.prefill_length)]
     for key, value in program.session_config.items():
@@ -307,6 +319,9 @@ def check_request(program: Program, request: GenerateRequest | ScoreRequest) -> 
     for name, (count, least) in counts.items():
         if count < least:
             raise UsageError(f"{name} is {count}; it must be at least {least}")
+    for core in request.cores:
+        if not 0 <= core < _MOST_CORES:
+            raise UsageError(f"core {core} is no number of a CPU core; they are 0 to {_MOST_CORES - 1}")
     if not tokens:
         raise UsageError(f"the {what} is empty; at least one token is needed")
     for index, token in enumerate(tokens):

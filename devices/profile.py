@@ -32,6 +32,8 @@ _REMOTE = (
     "runner_files",
     "time_limit_s",
     "reconnect_limit_s",
+    "start_below_c",
+    "cool_down_limit_s",
     "store_limit_mb",
 )
 _FIELDS: dict[str, tuple[str, ...]] = {
@@ -100,6 +102,9 @@ class Profile(BaseModel):
             the paths are relative to the profile's file.
         time_limit_s: adb, ssh: seconds after which the device itself ends a run, reached or not.
         reconnect_limit_s: adb, ssh: seconds to wait for a device that went away.
+        start_below_c: adb, ssh: degrees Celsius of the battery, else of the hottest zone, that the device has to have
+            come down to before a generation is timed; without it nobody waits.
+        cool_down_limit_s: adb, ssh: seconds to wait for that.
         store_limit_mb: adb, ssh: MiB of files that may stay on the device.
     """
 
@@ -121,6 +126,8 @@ class Profile(BaseModel):
     runner_files: tuple[Path, ...] = ()
     time_limit_s: float = Field(default=6 * 3600.0, ge=1, le=30 * 24 * 3600)
     reconnect_limit_s: float = Field(default=90.0, ge=1, le=3600)
+    start_below_c: float | None = Field(default=None, gt=0, le=120)
+    cool_down_limit_s: float = Field(default=900.0, ge=0, le=24 * 3600)
     store_limit_mb: int = Field(default=4096, ge=1)
 
     @model_validator(mode="after")

@@ -49,6 +49,7 @@ def measure(
     new_tokens: int | None = None,
     score_tokens: int | None = None,
     workload: str | None = None,
+    cores: tuple[int, ...] = (),
     profile: bool = False,
     overwrite: bool = False,
 ) -> Report:
@@ -58,7 +59,7 @@ def measure(
         bundle: a bundle directory; it is verified first.
         device: a name that `boa-edge devices` lists, or a device.
         output: the directory to make.
-        threads, warmup, repeats, new_tokens, score_tokens, workload: see `Wishes`.
+        threads, warmup, repeats, new_tokens, score_tokens, workload, cores: see `Wishes`.
         profile: generate once more with every operator timed, and leave the runtime's record beside the report.
         overwrite: replace an existing report.
 
@@ -67,7 +68,7 @@ def measure(
         UsageError: a setting is out of range, or `output` exists.
     """
     counts = (threads,) if isinstance(threads, int) else threads
-    wishes = Wishes(counts, warmup, repeats, new_tokens, score_tokens, workload)
+    wishes = Wishes(counts, warmup, repeats, new_tokens, score_tokens, workload, cores)
     return measure_together([bundle], device, output, wishes, profile=profile, overwrite=overwrite)[0]
 
 
@@ -121,7 +122,8 @@ class _Session:
 
     def score(self, tokens: Sequence[int]) -> Logits:
         """Teacher-forced logits [n, V]."""
-        request = ScoreRequest(tokens=tuple(map(int, tokens)), threads=self._settings.threads)
+        settings = self._settings
+        request = ScoreRequest(tokens=tuple(map(int, tokens)), threads=settings.threads, cores=settings.cores)
         result = self._run(request)
         return check_logits(result.logits, (len(tokens), self._facts.reference.vocabulary))
 
@@ -137,7 +139,9 @@ class _Session:
         # Twice, to see whether the device repeats itself.
         warmup, repeats = (0, 2) if self.separate else (settings.warmup, settings.repeats)
         prompt = tuple(map(int, self._facts.reference.prompt))
-        return self._gather(GenerateRequest(prompt, settings.greedy, warmup, repeats, settings.threads))
+        return self._gather(
+            GenerateRequest(prompt, settings.greedy, warmup, repeats, settings.threads, cores=settings.cores)
+        )
 
     def generate(self, threads: int) -> Generation:
         """The workload."""
@@ -163,8 +167,15 @@ class _Session:
         return read_profile(path, result.execution)
 
     def _workload(self, warmup: int, repeats: int, threads: int, *, profile: bool = False) -> GenerateRequest:
+        settings = self._settings
         return GenerateRequest(
-            self._workload_prompt(), self._settings.new_tokens, warmup, repeats, threads, profile=profile
+            self._workload_prompt(),
+            settings.new_tokens,
+            warmup,
+            repeats,
+            threads,
+            profile=profile,
+            cores=settings.cores,
         )
 
     def _workload_prompt(self) -> tuple[int, ...]:

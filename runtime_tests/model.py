@@ -103,6 +103,7 @@ class Settings(Frozen):
         workload: what is timed, e.g. `pp128/tg64`: 128 prompt tokens, 64 generated.
         threads: of the runtime, for everything but the sweep.
         sweep: further numbers of threads that the workload was timed with.
+        cores: numbers of the CPU cores that everything ran on; empty for any.
         prompt_tokens, new_tokens: of the workload.
         greedy_tokens: of the continuation that is compared with PyTorch's; absent where it was the workload.
     """
@@ -110,6 +111,7 @@ class Settings(Frozen):
     workload: str
     threads: Annotated[int, Field(ge=1)]
     sweep: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    cores: tuple[Count, ...] = ()
     warmup: Count
     repeats: Annotated[int, Field(ge=1)]
     prompt_tokens: Annotated[int, Field(ge=1)]

@@ -16,6 +16,8 @@ def commands(deployed: Deployed, provenance: Provenance, settings: Settings, dev
         quantize += ["--calibration", provenance.calibration.source]
     measure = ["boa-edge", "measure", "BUNDLE", "--device", device]
     measure += ["--threads", ",".join(map(str, (settings.threads, *settings.sweep)))]
+    if settings.cores:
+        measure += ["--cores", ",".join(map(str, settings.cores))]
     measure += ["--workload", settings.workload, "--new-tokens", str(settings.greedy)]
     for name in ("warmup", "repeats", "score_tokens"):
         measure += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]

@@ -30,6 +30,7 @@ class Wishes:
         score_tokens: of the reference text; all, under emulation at most 96.
         workload: what is timed, `pp<prompt tokens>/tg<generated tokens>`. Without it, and where new_tokens was asked
             for or under emulation, where a token can take a second, the greedy continuation itself is timed.
+        cores: numbers of the CPU cores to run on; empty for any.
     """
 
     threads: tuple[int, ...] = (1,)
@@ -38,6 +39,7 @@ class Wishes:
     new_tokens: int | None = None
     score_tokens: int | None = None
     workload: str | None = None
+    cores: tuple[int, ...] = ()
 
 
 def settle(facts: BundleFacts, execution: Execution, wishes: Wishes) -> Settings:
@@ -79,6 +81,7 @@ def settle(facts: BundleFacts, execution: Execution, wishes: Wishes) -> Settings
         workload=f"pp{timed_prompt}/tg{timed_tokens}",
         threads=wishes.threads[0],
         sweep=wishes.threads[1:],
+        cores=wishes.cores,
         warmup=settings["warmup"][0],
         repeats=settings["repeats"][0],
         prompt_tokens=timed_prompt,

@@ -1,9 +1,13 @@
 // The command line that every runner shares, checked completely before anything is loaded.
 #pragma once
 
+#include <sched.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
 #include <set>
 #include <stdexcept>
@@ -25,6 +29,7 @@ struct Arguments {
     int warmup = 0;
     int repeats = 1;
     int threads = 1;
+    std::vector<int> cores;  // to run on; empty for any
     int prefill = 0;  // the most tokens of one call; 0 where it is not given
     std::vector<std::pair<std::string, std::string>> config;
 };
@@ -38,6 +43,36 @@ inline int parse_int(const std::string& flag, const std::string& text, int low, 
                                     std::to_string(low) + " to " + std::to_string(high));
     }
     return value;
+}
+
+// "4,5,6": numbers of CPU cores.
+inline std::vector<int> parse_cores(const std::string& flag, const std::string& text) {
+    std::vector<int> cores;
+    for (std::size_t start = 0; start <= text.size();) {
+        const std::size_t comma = std::min(text.find(',', start), text.size());
+        cores.push_back(parse_int(flag, text.substr(start, comma - start), 0, CPU_SETSIZE - 1));
+        start = comma + 1;
+    }
+    return cores;
+}
+
+// Has this process, and every thread that it starts from now on, run on these cores only.
+inline void stay_on(const std::vector<int>& cores) {
+    if (cores.empty()) return;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (const int core : cores) CPU_SET(core, &set);
+    if (sched_setaffinity(0, sizeof set, &set) != 0) {
+        throw std::runtime_error(std::string("--cores: the system refuses (") + std::strerror(errno) +
+                                 "); name cores that are there and allowed");
+    }
+}
+
+// How many cores this process may run on.
+inline int allowed_cores() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
 }
 
 // `forms`: those that the runner knows; the first is meant where none is given. `optional`: flags that not every runner
@@ -76,6 +111,8 @@ inline Arguments parse_arguments(int argc, char** argv, const std::vector<std::s
             out.repeats = parse_int(flag, value, 1, kMany);
         } else if (flag == "--threads") {
             out.threads = parse_int(flag, value, 1, 1024);
+        } else if (flag == "--cores") {
+            out.cores = parse_cores(flag, value);
         } else if (flag == "--prefill" && optional.count(flag)) {
             out.prefill = parse_int(flag, value, 1, kMany);
         } else if (flag == "--profile" && optional.count(flag)) {

@@ -263,6 +263,7 @@ void write_profile(executorch::etdump::ETDumpGen& tracer, const std::string& pat
 void run(int argc, char** argv) {
     const Arguments arguments = boa::parse_arguments(argc, argv, {"llm"}, {"--prefill", "--profile"});
     if (!arguments.config.empty()) throw std::invalid_argument("--config: this runtime has no settings");
+    boa::stay_on(arguments.cores);
     const std::vector<std::int64_t> tokens = boa::read_tokens(arguments.tokens);
     boa::catch_messages();
     executorch::runtime::runtime_init();
@@ -275,6 +276,7 @@ void run(int argc, char** argv) {
         .add("runtime_version", BOA_EDGE_RUNTIME_VERSION)
         .add("mode", arguments.mode)
         .add("threads", arguments.threads)
+        .add("cores", boa::allowed_cores())
         .add("tokens", static_cast<std::int64_t>(tokens.size()))
         .add("attention", std::string("boa-edge ") + attention)
         .send();

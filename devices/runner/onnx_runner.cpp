@@ -294,6 +294,7 @@ const char* open_library() {
 
 void run(int argc, char** argv) {
     const Arguments arguments = boa::parse_arguments(argc, argv, {"qdq", "fused"});
+    boa::stay_on(arguments.cores);
     const std::vector<std::int64_t> tokens = boa::read_tokens(arguments.tokens);
     const char* version = open_library();
     Event("start")
@@ -302,6 +303,7 @@ void run(int argc, char** argv) {
         .add("runtime_version", version)
         .add("mode", arguments.mode)
         .add("threads", arguments.threads)
+        .add("cores", boa::allowed_cores())
         .add("tokens", static_cast<std::int64_t>(tokens.size()))
         .send();
 

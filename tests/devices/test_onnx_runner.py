@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from tiny_decoder import CONTEXT, HEAD, KV_HEADS, LAYERS, VOCABULARY, build_model, write_bundle
 
+from boa_edge.errors import BoaEdgeError, UsageError
 from devices import GenerateRequest, ScoreRequest, open_device
 from devices.binaries import RUNNERS, files_for
 
@@ -252,3 +255,19 @@ def test_an_unseen_event_is_a_failed_run(runner: Path, tiny_bundle: Path, tmp_pa
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*command, *GENERATE], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
     assert done.returncode != 0
+
+
+def test_a_run_stays_on_the_cores_that_it_is_given(tiny_bundle: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    here = open_device("host")
+    request = GenerateRequest(PROMPT, NEW, threads=2)
+    free, pinned = here.run(tiny_bundle, request), here.run(tiny_bundle, replace(request, cores=(core,)))
+    assert free.events[0]["cores"] == len(os.sched_getaffinity(0))
+    assert pinned.events[0]["cores"] == 1
+    assert [event["id"] for event in pinned.events if event["event"] == "token"] == [
+        event["id"] for event in free.events if event["event"] == "token"
+    ]
+    with pytest.raises(BoaEdgeError, match="--cores: the system refuses"):
+        here.run(tiny_bundle, replace(request, cores=(1000,)))
+    with pytest.raises(UsageError, match="core 5000"):
+        here.run(tiny_bundle, replace(request, cores=(5000,)))
