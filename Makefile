@@ -44,7 +44,12 @@ bench-accuracy: setup ## ours and other quantizers side by side: CALIBRATION=<te
 	@$(BIN)/python -m benchmarks.accuracy --model "$$MODEL" --calibration "$$CALIBRATION" --text "$$TEXT" \
 		-o "$${OUT:-docs/benchmarks}" $$BENCH_ARGS
 
-bench: bench-accuracy ## the same
+bench-runtimes: setup ## speed, memory, size and KL beside other runtimes: TEXT=<held-out text file> and CHECKPOINT=<dir> or CALIBRATION=<text file>
+	@test -n "$$TEXT" || { echo "make: name a text file: make bench-runtimes TEXT=<file> CHECKPOINT=<dir>" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.runtimes --model "$$MODEL" $${CHECKPOINT:+--checkpoint "$$CHECKPOINT"} \
+		$${CALIBRATION:+--calibration "$$CALIBRATION"} --text "$$TEXT" -o "$${OUT:-docs/benchmarks}" $$BENCH_ARGS
+
+bench: bench-accuracy ## bench-accuracy
 
 clean: ## what was built and fetched here: .venv, .cache, out
 	rm -rf .venv .cache out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
