@@ -2,7 +2,9 @@
  *
  * Each time the program writes to its standard output, the count so far goes to the file of the argument `out`, a number
  * and a newline. A runner writes each event with one call, so that the differences are the instructions between events.
- * One thread only: a second one makes the counts worthless, and the line `threads` says so.
+ * One thread only: a second one that ran since the write before makes the count worthless, and the line `threads` stands
+ * in its place. Those that are gone before the first write (a pool that is made anew with fewer) do not matter: only
+ * differences are read.
  *
  * QEMU's header is in no package, so what is used of its plugin interface (version 1) is declared here.
  */
@@ -24,6 +26,7 @@ typedef void (*syscall_callback)(qemu_plugin_id_t id, unsigned int vcpu, int64_t
                                  uint64_t a3, uint64_t a4, uint64_t a5, uint64_t a6, uint64_t a7, uint64_t a8);
 
 void qemu_plugin_register_vcpu_init_cb(qemu_plugin_id_t id, vcpu_callback callback);
+void qemu_plugin_register_vcpu_exit_cb(qemu_plugin_id_t id, vcpu_callback callback);
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, translation_callback callback);
 void qemu_plugin_register_vcpu_syscall_cb(qemu_plugin_id_t id, syscall_callback callback);
 void qemu_plugin_register_vcpu_tb_exec_inline(struct qemu_plugin_tb *block, enum qemu_plugin_op op, void *counter,
@@ -37,6 +40,9 @@ enum { WRITE = 64, STANDARD_OUTPUT = 1 }; /* write(2) on 64-bit ARM */
 
 static uint64_t executed;
 static int out = -1;
+static int threads;      /* that live */
+static int several;      /* have lived since the last write */
+static int written;      /* at least once */
 
 static void report(const char *line) {
     const size_t length = strlen(line);
@@ -44,8 +50,13 @@ static void report(const char *line) {
 }
 
 static void on_thread(qemu_plugin_id_t id, unsigned int vcpu) {
-    (void)id;
-    if (vcpu > 0) report("threads\n");
+    (void)id, (void)vcpu;
+    if (__atomic_add_fetch(&threads, 1, __ATOMIC_SEQ_CST) > 1) __atomic_store_n(&several, 1, __ATOMIC_SEQ_CST);
+}
+
+static void on_thread_end(qemu_plugin_id_t id, unsigned int vcpu) {
+    (void)id, (void)vcpu;
+    __atomic_sub_fetch(&threads, 1, __ATOMIC_SEQ_CST);
 }
 
 static void on_block(qemu_plugin_id_t id, struct qemu_plugin_tb *block) {
@@ -57,8 +68,11 @@ static void on_syscall(qemu_plugin_id_t id, unsigned int vcpu, int64_t number, u
                        uint64_t a4, uint64_t a5, uint64_t a6, uint64_t a7, uint64_t a8) {
     (void)id, (void)vcpu, (void)a2, (void)a3, (void)a4, (void)a5, (void)a6, (void)a7, (void)a8;
     if (number != WRITE || a1 != STANDARD_OUTPUT) return;
-    char line[24];
-    snprintf(line, sizeof line, "%llu\n", (unsigned long long)executed);
+    const int now = __atomic_load_n(&threads, __ATOMIC_SEQ_CST) > 1;
+    const int since = __atomic_exchange_n(&several, now, __ATOMIC_SEQ_CST);
+    char line[24] = "threads\n";
+    if (!now && !(since && written)) snprintf(line, sizeof line, "%llu\n", (unsigned long long)executed);
+    written = 1;
     report(line);
 }
 
@@ -72,6 +86,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
         return 1;
     }
     qemu_plugin_register_vcpu_init_cb(id, on_thread);
+    qemu_plugin_register_vcpu_exit_cb(id, on_thread_end);
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_block);
     qemu_plugin_register_vcpu_syscall_cb(id, on_syscall);
     return 0;
