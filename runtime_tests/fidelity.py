@@ -37,8 +37,10 @@ def score(reference: Reference, logits: NDArray[np.float32] | None, execution: E
     def top1(first: Logits, second: Logits, how: Execution) -> Figure:
         return figure(metrics.top1_agreement(first, second), "fraction", how, n=positions)
 
+    each = metrics.kl_by_position(original, deployed)
     return Fidelity(
         positions=positions,
+        kl_by_position=tuple(float(f"{value:.6g}") for value in each),
         original=Scores(perplexity=perplexity(original, "measured")),
         quantized=Scores(
             perplexity=perplexity(quantized, "measured"),

@@ -48,12 +48,17 @@ def perplexity(logits: Logits, tokens: Tokens) -> float:
 
 def mean_kl(reference: Logits, other: Logits) -> float:
     """Mean over positions of KL(reference || other), in nats per token; at least 0."""
+    return float(kl_by_position(reference, other).mean())
+
+
+def kl_by_position(reference: Logits, other: Logits) -> NDArray[np.float64]:
+    """KL(reference || other) at each position [n], in nats; at least 0."""
     _check_pair(reference, other)
-    total = 0.0
+    found = np.empty(len(reference))
     for rows in _chunks(reference.shape):
         p, q = log_softmax(reference[rows]), log_softmax(other[rows])
-        total += float(np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0).sum())
-    return total / len(reference)
+        found[rows] = np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
+    return found
 
 
 def top1_agreement(reference: Logits, other: Logits) -> float:

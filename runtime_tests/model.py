@@ -137,9 +137,15 @@ class Scores(Frozen):
 
 
 class Fidelity(Frozen):
-    """The three models on the same tokens, teacher-forced."""
+    """The three models on the same tokens, teacher-forced.
+
+    Attributes:
+        kl_by_position: of the deployed one from the original, in nats: what a comparison of two reports takes the noise
+            of their means from.
+    """
 
     positions: Count
+    kl_by_position: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     original: Scores
     quantized: Scores
     deployed: Scores

@@ -9,7 +9,12 @@ from typing import Any, Literal
 from boa_edge.errors import UsageError
 from runtime_tests.comparison.conditions import Condition, parse
 from runtime_tests.comparison.figures import BY_NAME, COMPARABLES, Comparable, obstacle
-from runtime_tests.comparison.noise import Interval, change_interval, quantile_interval
+from runtime_tests.comparison.noise import (
+    Interval,
+    change_interval,
+    paired_change_interval,
+    quantile_interval,
+)
 from runtime_tests.model import Report
 from runtime_tests.reading import read_report
 
@@ -116,6 +121,8 @@ def _row(entry: Comparable, first: Report, second: Report) -> Row:
 
 
 def _interval(entry: Comparable, first: Report, second: Report) -> Interval | None:
+    if entry.places(first):
+        return paired_change_interval(entry.places(first), entry.places(second))
     old = quantile_interval(entry.samples(first), entry.percent)
     new = quantile_interval(entry.samples(second), entry.percent)
     return None if old is None or new is None else change_interval(old, new)

@@ -29,6 +29,7 @@ class Comparable:
         scale: the figure's value times this is in `unit`.
         samples: what the figure is a quantile of, in `unit`; empty where it is a single value.
         percent: which quantile.
+        places: what the figure is the mean of, one value a position of the text; empty where it is none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Comparable:
     scale: float = 1.0
     samples: Callable[[Report], Sequence[float]] = lambda _: ()
     percent: float = 50
+    places: Callable[[Report], Sequence[float]] = lambda _: ()
 
     def value(self, report: Report) -> float | None:
         """The report's value in `unit`."""
@@ -76,7 +78,13 @@ COMPARABLES: tuple[Comparable, ...] = (
     Comparable("size_mb", "Size on the device", "less", "artefact", "MB", lambda r: r.deployed.runtime_size, 1e-6),
     Comparable("ppl", "Perplexity", "less", "accuracy", "", lambda r: r.fidelity.deployed.perplexity),
     Comparable(
-        "kl", "KL from the original", "less", "accuracy", "nats/token", lambda r: r.fidelity.deployed.kl_from_original
+        "kl",
+        "KL from the original",
+        "less",
+        "accuracy",
+        "nats/token",
+        lambda r: r.fidelity.deployed.kl_from_original,
+        places=lambda r: r.fidelity.kl_by_position or (),
     ),
     Comparable(
         "top1",

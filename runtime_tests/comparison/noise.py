@@ -1,7 +1,8 @@
-"""How far a quantile of noisy samples can be from the true one: intervals that assume no distribution.
+"""How far figures can be from their true values.
 
 Of n independent samples, the number below the true q-quantile is binomial (n, q). So two order statistics enclose that
-quantile with a probability that follows from n and q alone.
+quantile with a probability that follows from n and q alone, whatever the distribution. Means that two reports took over
+the same places differ by the mean of the differences, whose noise those differences tell.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _CONFIDENCE = 0.95
+_DEVIATIONS = 1.96  # of a normal distribution that hold 95 % of it
+_FEWEST_PAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,23 @@ def change_interval(before: Interval, after: Interval) -> Interval | None:
     if before.low <= 0:
         return None
     return Interval(after.low / before.high - 1, after.high / before.low - 1)
+
+
+def paired_change_interval(before: Sequence[float], after: Sequence[float]) -> Interval | None:
+    """Relative change of the mean of a quantity that both took at the same places, with 95 % confidence.
+
+    From the differences place by place, by the normal approximation of their mean. None for fewer than 20 places, other
+    places, or a mean that is not positive.
+    """
+    count = len(before)
+    mean = sum(before) / count if count else 0.0
+    if count < _FEWEST_PAIRS or len(after) != count or mean <= 0:
+        return None
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    middle = sum(differences) / count
+    variance = sum((value - middle) ** 2 for value in differences) / (count - 1)
+    reach = _DEVIATIONS * math.sqrt(variance / count)
+    return Interval((middle - reach) / mean, (middle + reach) / mean)
 
 
 def _ranks(count: int, share: float) -> tuple[int, int]:

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_fakes import make
+from report_fakes import make, make_device
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from devices.contract import Event
 from runtime_tests.comparison import compare
 from runtime_tests.comparison.conditions import parse
-from runtime_tests.comparison.noise import Interval, change_interval, quantile_interval
+from runtime_tests.comparison.noise import (
+    Interval,
+    change_interval,
+    paired_change_interval,
+    quantile_interval,
+)
 
 
 def slower(share: float) -> Any:
@@ -146,3 +151,34 @@ def test_noise_of_one_sample_is_unknown_and_of_two_their_range() -> None:
     assert quantile_interval([3.0, 1.0], 50) == Interval(1.0, 3.0)
     assert change_interval(Interval(1, 2), Interval(2, 2)) == Interval(0.0, 1.0)
     assert change_interval(Interval(0, 2), Interval(2, 2)) is None
+
+
+def test_the_noise_of_a_mean_over_the_same_places_is_that_of_their_differences() -> None:
+    noise = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        before = noise.exponential(size=96)
+        after = before * 1.1 + noise.normal(size=96) * 0.05
+        interval = paired_change_interval(before.tolist(), after.tolist())
+        assert interval is not None
+        assert interval.high - interval.low < 0.1  # though the places themselves differ by their own size
+        hits += interval.low <= 0.1 <= interval.high
+    assert hits / 400 > 0.92
+    assert paired_change_interval([1.0] * 19, [1.0] * 19) is None
+    assert paired_change_interval([1.0] * 30, [1.0] * 29) is None
+    assert paired_change_interval([0.0] * 30, [1.0] * 30) is None
+
+
+def test_a_kl_that_other_roundings_explain_is_no_regression(before: Path, tmp_path: Path) -> None:
+    """Logits with noise of their own at every position: the mean moves, and the positions say that it means nothing."""
+    device = make_device()
+    noise = np.random.default_rng(5).normal(size=device.logits.shape) * 0.02
+    after = make(tmp_path, execution="measured", name="host", logits=(device.logits + noise).astype(np.float32))
+    found = rows(before, after.directory, "kl>+0.01%,kl<-0.01%")
+    kl = found["figures"]["kl"]
+    assert kl["change"] != 0
+    assert kl["interval"][0] < 0 < kl["interval"][1]
+    assert kl["verdict"] == "within noise"
+    assert found["regressions"] == []
+    worse = make(tmp_path / "worse", execution="measured", name="host", logits=(device.logits * 0.6).astype(np.float32))
+    assert rows(before, worse.directory, "kl>+10%")["regressions"] == ["kl>+10%"]
