@@ -16,7 +16,7 @@ import torch
 from benchmarks.peers.table import EnvironmentMissingError, python_of
 from benchmarks.runtimes.contenders import CONTENDERS, NATIVE, Contender
 from benchmarks.runtimes.figures import Speed, Timed, interleaved, speed_of
-from benchmarks.runtimes.native import as_bundle, native_identity, native_logits, native_speed
+from benchmarks.runtimes.native import native_identity, native_logits, native_speed
 from benchmarks.runtimes.process import LOGITS, SUMMARY
 from benchmarks.runtimes.programs import PROGRAMS, Inputs, NotAvailableError, Program, digest, run_script
 from benchmarks.runtimes.rows import Protocol, Report, rows_of
@@ -47,6 +47,7 @@ class Benchmark:
         self.inputs = Inputs(arguments.model, self._exported(model_key), model_key, self._checkpoint(), self.work)
         self.failures: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {}
+        self.loads: list[float] = []  # averages over a minute, at the start of each run
 
     def run(self) -> Report:
         """Make, measure and put together. A contender that fails is listed with the reason."""
@@ -54,17 +55,15 @@ class Benchmark:
         for contender in self.contenders:
             try:
                 self._python(contender)
-                programs[contender.label] = self._program(contender.program)
+                programs[contender.label] = PROGRAMS[contender.program](self.inputs)
             except (NotAvailableError, EnvironmentMissingError) as error:
                 self.failures[contender.label] = str(error)
         kls = {label: self._kl(self._by_label(label), program) for label, program in self._scored(programs)}
         speeds: dict[str, list[Speed]] = {}
-        loads: list[float] = []
         able = [label for label in programs if label not in self.failures]
         for turn, label in interleaved(able, self.arguments.rounds):
             if label in self.failures:
                 continue
-            loads.append(os.getloadavg()[0])
             try:
                 found = self._speed(self._by_label(label), programs[label], turn)
             except (NotAvailableError, BoaEdgeError) as error:
@@ -74,7 +73,7 @@ class Benchmark:
         done = {label: found for label, found in speeds.items() if label not in self.failures}
         sizes = {label: program.size for label, program in programs.items()}
         rows = rows_of([one for one in self.contenders if one.label in done], done, sizes, kls)
-        return Report(rows, self._protocol(loads), dict(self.failures), self.notes)
+        return Report(rows, self._protocol(), dict(self.failures), self.notes)
 
     def _by_label(self, label: str) -> Contender:
         return next(one for one in self.contenders if one.label == label)
@@ -82,12 +81,6 @@ class Benchmark:
     def _fail(self, label: str, error: Exception) -> None:
         self.failures[label] = str(error)
         say(f"{label}: {error}")
-
-    def _program(self, name: str) -> Program:
-        program = PROGRAMS[name](self.inputs)
-        if any(one.program == name and one.driver == NATIVE for one in self.contenders):
-            as_bundle(program, self.inputs.model)
-        return program
 
     def _python(self, contender: Contender) -> Path:
         if contender.environment is None:
@@ -103,8 +96,10 @@ class Benchmark:
         if place.exists() and not given.again:
             kept = read_json(place, "a kept figure")
             self.notes[contender.label] = kept["notes"]
+            self.loads.append(kept["load"])
             return Speed(**kept["speed"])
         say(f"round {turn + 1} of {given.rounds}: {contender.label}")
+        self.loads.append(os.getloadavg()[0])
         if contender.driver == NATIVE:
             speed, notes = native_speed(program.path, self.prompt, given.new_tokens, given.threads, given.repeats), []
         else:
@@ -116,7 +111,8 @@ class Benchmark:
             speed, notes = speed_of(runs, *args), summary["notes"]
         self.notes[contender.label] = notes
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, {"speed": asdict(speed), "notes": notes, "label": contender.label, "round": turn})
+        kept = {"speed": asdict(speed), "notes": notes, "load": self.loads[-1]}
+        write_json(place, kept | {"label": contender.label, "round": turn})
         return speed
 
     def _scored(self, programs: dict[str, Program]) -> list[tuple[str, Program]]:
@@ -221,7 +217,7 @@ class Benchmark:
             quantize(given.model, place, calibration=given.calibration)
         return place
 
-    def _protocol(self, loads: list[float]) -> Protocol:
+    def _protocol(self) -> Protocol:
         given = self.arguments
         rows = self.rows
         return Protocol(
@@ -234,7 +230,7 @@ class Benchmark:
             repeats=given.repeats,
             rows=0 if rows is None else rows.shape[0],
             length=0 if rows is None else rows.shape[1],
-            loads=(min(loads, default=0.0), max(loads, default=0.0)),
+            loads=(min(self.loads, default=0.0), max(self.loads, default=0.0)),
             version=self.version,
         )
 

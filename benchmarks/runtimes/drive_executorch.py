@@ -27,7 +27,8 @@ class ExecutorchEngine:
         if method is None:
             raise RuntimeError("it has no method forward")
         self._method = method
-        self._most = int(self._program.load_method("get_max_seq_len").execute([])[0])
+        # What get_max_seq_len says is one more than a program of ExecuTorch's Llama exporter takes.
+        self._most = int(method.metadata.input_tensor_meta(0).sizes()[1])
         self.notes = ["memory includes Python and PyTorch, which its Python runtime loads"]
 
     def _step(self, tokens: list[int], position: int) -> NDArray[np.float32]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.runtimes.figures import Speed, Timed, speed_of
-from benchmarks.runtimes.lengths import CONTEXT, PREFILL
-from benchmarks.runtimes.programs import Program
 from boa_edge.errors import BoaEdgeError
-from boa_edge.files import sha256_file, write_json
+from boa_edge.files import sha256_file
 from devices import GenerateRequest, ScoreRequest, open_device
 from devices.bundle import read_program
 from devices.device import RunnerDevice
@@ -48,16 +44,3 @@ def native_identity(bundle: Path) -> dict[str, str]:
     assert isinstance(device, RunnerDevice)
     _, files = device.runner_files(read_program(bundle).runtime)
     return {name: sha256_file(path) for name, path in files.items()}
-
-
-def as_bundle(program: Program, model: Path) -> None:
-    """Put beside a foreign `model.pte` what our runner has to know of it. A bundle stays as it is."""
-    if (program.path / "manifest.json").exists():
-        return
-    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (file,) = program.files
-    settings = {"runtime": "executorch", "form": "llm", "model": file.name, "session_config": {}}
-    lengths = {"context_length": CONTEXT, "prefill_length": PREFILL, "vocab_size": config["vocab_size"]}
-    write_json(program.path / "runtime.json", settings | lengths)
-    entry = {"size": file.stat().st_size, "sha256": sha256_file(file), "role": "runtime"}
-    write_json(program.path / "manifest.json", {"files": {file.name: entry}})
