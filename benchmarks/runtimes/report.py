@@ -18,6 +18,7 @@ _HEAD = (
     "| program | prefill tok/s | decode tok/s | load s | peak MB | file MB | KL (nats/token) | KL, first sequence |\n"
     "|---|---|---|---|---|---|---|---|"
 )
+_SAME = 1e-6  # below this KL a program computes the original, and would only stretch the chart's axis
 _RATIOS = "| ours | beside | prefill, ours / other | decode, ours / other |\n|---|---|---|---|"
 
 
@@ -50,6 +51,9 @@ def markdown(report: Report) -> str:
         parts += ["\n".join(told)]
     if report.rows:
         parts.append("![KL against decode speed; the area is the size](runtimes.svg)")
+        left_out = [row.label for row in report.rows if row.kl_first is not None and row.kl_first <= _SAME]
+        if left_out:
+            parts.append(f"Not in the chart, because it computes the original: {', '.join(left_out)}.")
     notes = {row.label: [*([row.note] if row.note else []), *report.notes.get(row.label, [])] for row in report.rows}
     listed = [f"- **{label}**: {'; '.join(told)}" for label, told in notes.items() if told]
     if listed:
@@ -103,32 +107,28 @@ def draw(output: Path, rows: list[Row]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [row for row in rows if row.kl_first is not None and row.kl_first > 0]
+    shown = [row for row in rows if row.kl_first is not None and row.kl_first > _SAME]
     if not shown:
         return
-    figure, axis = plt.subplots(figsize=(8.5, 5.0), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10.5, 5.0), layout="constrained")
     front = pareto([(row.decode.median, row.kl_first or 0.0) for row in shown])
     axis.plot(*zip(*front, strict=True), color="#b0b0b0", lw=1, ls="--", zorder=1, label="bettered by none on both")
-    for row in shown:
-        colours = OURS_COLOURS if row.ours else PEER_COLOURS
-        axis.scatter(row.decode.median, row.kl_first, s=row.size / 4e5, color=colours[1], alpha=0.65, zorder=2)
-        axis.annotate(
-            f"{row.label} ({row.size / 1e6:.0f} MB)",
-            (row.decode.median, row.kl_first or 0.0),
-            (7, 7),
-            textcoords="offset points",
-            fontsize=7,
-            color=colours[0],
-        )
+    for number, row in enumerate(shown, 1):
+        colour = (OURS_COLOURS if row.ours else PEER_COLOURS)[1]
+        place = (row.decode.median, row.kl_first or 0.0)
+        axis.scatter(*place, s=row.size / 4e5, color=colour, alpha=0.65, zorder=2)
+        axis.annotate(str(number), place, ha="center", va="center", fontsize=8, color="white", fontweight="bold")
+        text = f"{number}  {row.label} ({row.size / 1e6:.0f} MB)"
+        axis.plot([], [], "o", color=colour, label=text)
     axis.set_yscale("log")
-    axis.margins(x=0.25, y=0.15)
+    axis.margins(x=0.1, y=0.15)
     axis.set_xlabel("decode, tokens per second (more is better)")
     axis.set_ylabel("KL(original || program), nats per token,\nfirst sequence, log scale (less is better)")
     axis.grid(which="both", color="#e3e3e3", lw=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Area: size of the file. Blue: boa-edge", loc="left", fontsize=10)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     for suffix in ("svg", "png"):
         figure.savefig(output / f"runtimes.{suffix}", dpi=150)
     plt.close(figure)
