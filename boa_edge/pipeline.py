@@ -71,7 +71,7 @@ def run_all(
             model, checkpoint, recipe=chosen, calibration=calibration, compare=compare, overwrite=True
         ).as_dict(),
     )
-    bundles = [output / (name if name == "bundle" else f"bundle-{name}") for name in runtimes]
+    bundles = [output / name for name in runtimes]
     for bundle, (name, shape) in zip(bundles, runtimes.values(), strict=True):
         own = lengths if EXPORTERS[name].lengths else {}
         exporting = {**quantizing, "runtime": name, "activations": activations, "form": shape, **own}
@@ -91,11 +91,11 @@ def run_all(
 
 
 def _runtimes(runtime: str, form: str | None) -> dict[str, tuple[str, str | None]]:
-    """What is to be exported: name of the bundle -> runtime and form. UsageError where there is no such thing."""
+    """What is to be exported: directory of the bundle -> runtime and form. UsageError where there is no such thing."""
     if runtime == ALL:
         if form is not None:
             raise UsageError(f"{form!r} is a form of one runtime", where="--form", fix=f"Leave it out with {ALL}")
-        return {name: (name, None) for name in sorted(EXPORTERS, key=lambda name: (name != _FIRST, name))}
+        return {f"bundle-{name}": (name, None) for name in sorted(EXPORTERS, key=lambda name: (name != _FIRST, name))}
     if runtime not in EXPORTERS:
         accepted = ", ".join((*sorted(EXPORTERS), ALL))
         raise UsageError(f"unknown runtime {runtime!r}", where="--runtime", fix=f"Accepted: {accepted}")

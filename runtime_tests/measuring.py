@@ -206,19 +206,23 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
     reference = facts.reference.head(settings.score_tokens)
     fidelity = score(reference, session.score(reference.tokens.tolist()), execution)
 
+    def announce(threads: int) -> None:
+        runs = f"{settings.warmup} + {settings.repeats} x {settings.workload}"
+        say(f"{name}: {runs}, {threads} thread{'' if threads == 1 else 's'} ({execution})")
+
     if session.separate:
         say(f"{name}: generating {settings.greedy} tokens after the reference prompt ({execution})")
-        continued = session.continue_greedily()
-    runs = f"{settings.warmup} + {settings.repeats} x {settings.workload}"
-    say(f"{name}: {runs}, {settings.threads} thread{'' if settings.threads == 1 else 's'} ({execution})")
-    generation = session.generate(settings.threads) if session.separate else session.continue_greedily()
-    if not session.separate:
-        continued = generation
+    else:
+        announce(settings.threads)
+    generation = continued = session.continue_greedily()
+    if session.separate:
+        announce(settings.threads)
+        generation = session.generate(settings.threads)
     greedy = compare_greedy(reference, continued, decode, lambda tokens: session.score(tokens)[-1], execution)
     loads = [ns for ns in map(load_time, session.results) if ns is not None]
     sweep = []
     for threads in settings.sweep:
-        say(f"{name}: {runs}, {threads} thread{'' if threads == 1 else 's'} ({execution})")
+        announce(threads)
         sweep.append(thread_row(threads, session.generate(threads), execution))
     operators = None
     if profile is not None:
