@@ -14,7 +14,7 @@ from boa_edge.errors import UsageError
 from boa_edge.files import disk_errors, read_json, sha256_file, write_text
 from boa_edge.progress import say
 from devices import open_device
-from exporters import EXPORTERS, export
+from exporters import EXPORTERS, export, no_lengths
 from exporters.base import Activations, Request
 from runtime_tests import Wishes, measure_together, print_summary
 from toolchain.families import describe
@@ -49,8 +49,7 @@ def run_all(
     runtimes = _runtimes(runtime, form)
     lengths = {"context_length": context_length, "prefill_length": prefill_length}
     if not any(EXPORTERS[name].lengths for name, _ in runtimes.values()) and any(lengths.values()):
-        problem = f"{runtime} takes no --context and no --prefill: its graph bounds neither"
-        raise UsageError(problem, fix="Leave them out")
+        raise no_lengths(runtime)
     _foresee(chosen, model, runtimes, activations, lengths)
     open_device(device)
     with disk_errors(output):

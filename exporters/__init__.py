@@ -24,6 +24,7 @@ __all__ = [
     "Lowered",
     "Request",
     "export",
+    "no_lengths",
     "open_decoder",
 ]
 
@@ -71,8 +72,7 @@ def export(
     if shape not in exporter.forms:
         raise UsageError(f"{runtime} has no form {shape!r}", fix=f"Known: {', '.join(exporter.forms)}")
     if not exporter.lengths and (context_length is not None or prefill_length is not None):
-        problem = f"{runtime} takes no --context and no --prefill: its graph bounds neither"
-        raise UsageError(problem, fix="Leave them out")
+        raise no_lengths(runtime)
     request = Request(chosen, shape, context_length, prefill_length)
     source = Checkpoint(checkpoint)
     exporter.check(source, request)
@@ -93,6 +93,11 @@ def export(
         seconds=time.monotonic() - start,
         notes=lowered.notes,
     )
+
+
+def no_lengths(runtime: str) -> UsageError:
+    """For lengths that were given to a runtime whose programs have none."""
+    return UsageError(f"{runtime} takes no --context and no --prefill: its graph bounds neither", fix="Leave them out")
 
 
 def open_decoder(bundle: Bundle) -> Decoder:
