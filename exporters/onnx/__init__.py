@@ -16,13 +16,12 @@ from exporters.bundle import RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token
 from exporters.onnx.foresight import foresee
 from exporters.onnx.forms import FORMS
 from exporters.onnx.graph import GraphBuilder
-from exporters.onnx.kernels import FUSED_GROUPS, carrier
-from exporters.onnx.lowerable import ACCEPTED, obstacles
+from exporters.onnx.kernels import carrier
+from exporters.onnx.lowerable import Asked, Grid, Place, in_words, refusals
 from exporters.onnx.session import OnnxDecoder
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
-from toolchain.transforms import online_products
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
@@ -31,15 +30,21 @@ _OPSET = 23
 _OPSET_INT2 = 25
 
 
-def _schemes(checkpoint: Checkpoint) -> list[tuple[str, int, int | None]]:
+_EMBEDDING = "embedding.safetensors"
+_WHERE: dict[Place, str] = {"activations": ACTIVATIONS, "kv_cache": KV_CACHE, "embedding": _EMBEDDING}
+
+
+def _schemes(checkpoint: Checkpoint) -> list[tuple[Grid, int, int | None]]:
     """(what, bits, group size) of every kind of quantized weight, without reading the weights."""
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
-    found = [("the linears", g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups if g["targets"]]
-    path = checkpoint.path / "embedding.safetensors"
+    found: list[tuple[Grid, int, int | None]] = [
+        ("weights", g["weights"]["num_bits"], g["weights"]["group_size"]) for g in groups if g["targets"]
+    ]
+    path = checkpoint.path / _EMBEDDING
     if path.exists():
         with safe_open(path, framework="np") as tensors:
             metadata = tensors.metadata()
-        found.append(("the embedding table", int(metadata["bits"]), int(metadata["group_size"]) or None))
+        found.append(("embedding", int(metadata["bits"]), int(metadata["group_size"]) or None))
     return found
 
 
@@ -50,38 +55,18 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
     Raises:
         BoaEdgeError: with what is accepted.
     """
-    activations, name = request.activations, cast(Form, request.form)
-    # A product between rotary embedding and attention takes the former out of the latter, and with it what it can do.
-    products = online_products(checkpoint.spec, checkpoint.transforms)
-    takes = "qdq" if any(product.place == "query_key" for product in products) else name
-    if found := obstacles(checkpoint.spec, takes):
-        raise BoaEdgeError(
-            f"ONNX export of the family {checkpoint.spec.family!r} is not there yet, for want of: {', '.join(found)}",
-            where=checkpoint.path / "config.json",
-            fix=f"Accepted: {ACCEPTED[name]}",
-        )
-    if checkpoint.kv_cache is not None:
-        raise BoaEdgeError(
-            "ONNX export keeps keys and values in float32, and this checkpoint asks for an int8 cache",
-            where=checkpoint.path / KV_CACHE,
-            fix="Quantize with a recipe without kv_cache",
-        )
-    plan = checkpoint.activations
-    if plan is not None and plan.format.scheme.startswith("static") and activations == "int8":
-        raise BoaEdgeError(
-            f"the activations are {plan.format.scheme}, for which ONNX Runtime's CPU has no kernel with int4 weights: "
-            "it would dequantize both at each call",
-            where=checkpoint.path / ACTIVATIONS,
-            fix="Quantize with activations of scheme per_block, or export with --activations float32",
-        )
-    for what, _, group_size in _schemes(checkpoint):
-        if group_size is not None and group_size not in FUSED_GROUPS:
-            sizes = ", ".join(str(size) for size in FUSED_GROUPS)
-            raise BoaEdgeError(
-                f"{what} are in groups of {group_size}, for which ONNX Runtime has no fast kernel",
-                where=checkpoint.path / "config.json",
-                fix=f"Quantize with a group size of {sizes}, or per output channel",
-            )
+    plan, cache = checkpoint.activations, checkpoint.kv_cache
+    asked = Asked(
+        form=cast(Form, request.form),
+        activations=request.activations,
+        groups=[(grid, group_size) for grid, _, group_size in _schemes(checkpoint)],
+        scheme=None if plan is None else plan.format.scheme,
+        cache=None if cache is None else cache.scheme,
+        spec=checkpoint.spec,
+    )
+    for refusal in refusals(asked):
+        where = checkpoint.path / _WHERE.get(refusal.place, "config.json")
+        raise BoaEdgeError(refusal.problem, where=where, fix=refusal.fix)
 
 
 def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tuple[str, ...]:
@@ -92,9 +77,10 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
             f"the checkpoint was made for activations {plan.format.scheme}; ONNX Runtime quantizes them per block, "
             "so its figures differ from the recorded ones"
         )
-    for what, bits, group_size in _schemes(checkpoint):
+    for grid, bits, group_size in _schemes(checkpoint):
+        what = in_words(grid)
         chosen = carrier(bits, group_size, activations)
-        if what == "the embedding table" and form == "qdq":
+        if grid == "embedding" and form == "qdq":
             chosen = carrier(8, group_size, activations)
         if chosen.dtype.bitwidth > bits:
             notes.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
@@ -11,12 +13,23 @@ from toolchain.families import DecoderSpec
 _INT64 = ir.DataType.INT64
 
 
-def attention_bias(g: GraphBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
-    """float32 [batch, 1, sequence, past + sequence]: 0 where a query may look, the lowest float32 elsewhere.
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call stand.
 
-    A query sees the positions up to its own that `attention_mask` counts. The row of a padding token is all lowest,
-    which softmax turns into a mean: finite, and looked at by nobody.
+    Attributes:
+        keys: int64 [past + sequence], of the keys.
+        queries: int64 [sequence, 1], of the queries, counted like the keys.
+        counted: bool [batch, 1, 1, past + sequence], which keys are no padding.
     """
+
+    keys: ir.Value
+    queries: ir.Value
+    counted: ir.Value
+
+
+def attention_places(g: GraphBuilder, input_ids: ir.Value, attention_mask: ir.Value) -> Places:
+    """From input_ids int64 [batch, sequence] and attention_mask int64 [batch, past + sequence]."""
     sequence = g.op("Shape", [input_ids], "/mask/sequence/Shape", start=1, end=2)
     total = g.op("Shape", [attention_mask], "/mask/total/Shape", start=1, end=2)
     past = g.op("Sub", [total, sequence], "/mask/Sub")
@@ -27,13 +40,26 @@ def attention_bias(g: GraphBuilder, input_ids: ir.Value, attention_mask: ir.Valu
     keys = g.op("Range", [scalar, total_scalar, step], "/mask/keys/Range")
     queries = g.op("Range", [past_scalar, total_scalar, step], "/mask/queries/Range")
     column = g.op("Unsqueeze", [queries, g.constant([1], _INT64)], "/mask/queries/Unsqueeze")
-    causal = g.op("LessOrEqual", [keys, column], "/mask/LessOrEqual")
     counted = g.op("Cast", [attention_mask], "/mask/Cast", to=int(ir.DataType.BOOL))
-    broadcast = g.op("Unsqueeze", [counted, g.constant([1, 2], _INT64)], "/mask/Unsqueeze")
-    allowed = g.op("And", [broadcast, causal], "/mask/And")
+    return Places(keys, column, g.op("Unsqueeze", [counted, g.constant([1, 2], _INT64)], "/mask/Unsqueeze"))
+
+
+def attention_bias(g: GraphBuilder, at: Places, window: int | None) -> ir.Value:
+    """float32 [batch, 1, sequence, past + sequence]: 0 where a query may look, the lowest float32 elsewhere.
+
+    A query sees the positions up to its own that count, of them the last `window` ones, itself included. The row of a
+    padding token is all lowest, which softmax turns into a mean: finite, and looked at by nobody.
+    """
+    path = "/mask" if window is None else f"/mask/window_{window}"
+    seen = g.op("LessOrEqual", [at.keys, at.queries], f"{path}/LessOrEqual")
+    if window is not None:
+        # Positions and places differ by the same number for all of a row's tokens, so either measures a distance.
+        before = g.op("Sub", [at.queries, g.constant(window, _INT64)], f"{path}/Sub")
+        seen = g.op("And", [seen, g.op("Greater", [at.keys, before], f"{path}/Greater")], f"{path}/near/And")
+    allowed = g.op("And", [at.counted, seen], f"{path}/And")
     zero = g.constant(0.0, ir.DataType.FLOAT)
     lowest = g.constant(float(np.finfo(np.float32).min), ir.DataType.FLOAT)
-    return g.op("Where", [allowed, zero, lowest], "/mask/Where")
+    return g.op("Where", [allowed, zero, lowest], f"{path}/Where")
 
 
 def attend(
@@ -46,7 +72,7 @@ def attend(
     spec: DecoderSpec,
     path: str,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """softmax(scale q k^T + bias) v over past and present.
+    """softmax(cap(scale q k^T) + bias) v over past and present.
 
     Args:
         query: float32 [batch, sequence, heads * head_dim], rotated; key, value: [batch, sequence, kv_heads * head_dim].
@@ -55,6 +81,7 @@ def attend(
     Returns:
         The context float32 [batch, sequence, heads * head_dim], and the keys and values with the new ones behind.
     """
+    cap = {} if spec.attention_softcap is None else {"softcap": spec.attention_softcap}
     context, keys, values = g.ops(
         "Attention",
         [query, key, value, bias, *past],
@@ -63,5 +90,6 @@ def attend(
         scale=spec.attention_scale,
         q_num_heads=spec.heads,
         kv_num_heads=spec.kv_heads,
+        **cap,
     )
     return context, keys, values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from exporters.onnx.graph import scope
 from exporters.onnx.kernels import Carrier, carrier
 from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
 from exporters.onnx.nbits import as_table, nbits_embedding, nbits_linear, store_nbits
-from exporters.onnx.rope import Rotation, rotate, rotation
+from exporters.onnx.rope import Rotation, Turn, paths, rotations, turn_of
 from exporters.onnx.session import ALL_LOGITS, LOGITS_START
 from toolchain.families import LayerNames
 from toolchain.quantized import QuantizedWeight
@@ -45,15 +45,14 @@ class FusedDecoder(DecoderBuilder):
         pasts = self.cache_inputs(cache)
         start = g.optional_input(LOGITS_START, [_END])
         at = lengths(g, attention_mask)
-        turns = self._turns(input_ids, at)
+        positions = self._positions(input_ids, at) if self._turns_outside or spec.position_table else None
+        turns = self._turns(positions)
         x, head = self._embedding(input_ids)
-        if spec.embedding_scale != 1.0:
-            x = g.op("Mul", [x, g.constant(spec.embedding_scale, FLOAT)], f"{scope(spec.embedding)}/scale/Mul")
-        x = self.online.at(x, spec.embedding, "output", spec.hidden_size, scope(spec.embedding))
-        residual = _Residual(x)
+        residual = _Residual(self.enter(x, positions))
         presents = []
         for layer in track(range(spec.layers), "writing layers"):
-            presents.append(self._layer(residual, layer, at, turns[layer], pasts[layer]))
+            turn = turns.get(turn_of(spec.attention[layer]))
+            presents.append(self._layer(residual, layer, at, turn, pasts[layer]))
         self._logits(self._last_norm(residual), start, head)
         self.cache_outputs(presents, ["batch", spec.kv_heads, "present", spec.head_dim])
 
@@ -70,32 +69,37 @@ class FusedDecoder(DecoderBuilder):
         final = g.op("Slice", [x, last, end, axis], f"{path}/last/Slice")
         y = head(g.op("Concat", [asked, final], f"{path}/Concat", axis=1))
         first = g.constant([0], INT64)
-        if spec.logit_softcap is not None:
-            cap = g.constant(spec.logit_softcap, FLOAT)
-            y = g.op("Tanh", [g.op("Div", [y, cap], f"{path}/softcap/Div")], f"{path}/softcap/Tanh")
-            y = g.op("Mul", [y, cap], f"{path}/softcap/Mul")
+        y = self.capped(y, path)
         logits = g.op("Slice", [y, last, end, axis], f"{path}/logits/Slice")
         g.output(logits, "logits", FLOAT, ["batch", 1, spec.vocab_size])
         every = g.op("Slice", [y, first, last, axis], f"{path}/{ALL_LOGITS}/Slice")
         g.output(every, ALL_LOGITS, FLOAT, ["batch", "positions", spec.vocab_size])
 
-    def _turns(self, input_ids: ir.Value, at: Lengths) -> list[Tables | Rotation | None]:
-        """By layer: tables for attention; cos and sin outside of it, where q and k owe a product after they are turned;
-        or nothing, where they are not turned."""
+    @property
+    def _turns_outside(self) -> bool:
+        """Whether q and k are turned before attention, which can neither stop between its rotary embedding and its
+        products nor turn a number of channels that 16 does not divide.
+        """
+        awkward = any(len(each.rope_inv_freq) % 8 for each in self.checkpoint.spec.attention)
+        return awkward or self.online.any("query_key")
+
+    def _positions(self, input_ids: ir.Value, at: Lengths) -> ir.Value:
+        """int64 [batch, sequence]."""
+        g = self.g
+        size = g.op("Shape", [input_ids], "/positions/Shape")
+        count = g.op("Gather", [size, g.constant(1, INT64)], "/positions/Gather")
+        total = g.op("Cast", [at.total], "/positions/total/Cast", to=int(INT64))
+        past = g.op("Sub", [total, count], "/positions/Sub")
+        places = g.op("Range", [past, total, g.constant(1, INT64)], "/positions/Range")
+        return g.op("Expand", [places, size], "/positions/Expand")
+
+    def _turns(self, positions: ir.Value | None) -> Mapping[Turn, Tables | Rotation]:
+        """By kind of turn: tables for attention, or cos and sin outside of it."""
         g, spec = self.g, self.checkpoint.spec
-        if not self.online.any("query_key"):
-            kinds = dict.fromkeys((each.rope_inv_freq, each.rope_scaling) for each in spec.attention)
-            made = {
-                kind: tables(g, *kind, spec.max_positions, f"/rope/{index}") if kind[0] else None
-                for index, kind in enumerate(kinds)
-            }
-            return [made[each.rope_inv_freq, each.rope_scaling] for each in spec.attention]
-        size = g.op("Shape", [input_ids], "/rope/Shape")
-        count = g.op("Gather", [size, g.constant(1, INT64)], "/rope/Gather")
-        total = g.op("Cast", [at.total], "/rope/total/Cast", to=int(INT64))
-        past = g.op("Sub", [total, count], "/rope/Sub")
-        positions = g.op("Range", [past, total, g.constant(1, INT64)], "/rope/Range")
-        return [rotation(g, g.op("Expand", [positions, size], "/rope/Expand"), spec)] * spec.layers
+        if self._turns_outside:
+            assert positions is not None
+            return rotations(g, positions, spec)
+        return {turn: tables(g, *turn, spec.max_positions, path) for turn, path in paths(spec).items()}
 
     def _layer(
         self,
@@ -109,71 +113,34 @@ class FusedDecoder(DecoderBuilder):
         names = spec.layer_names[layer]
         h = self._norm(residual, names.attention_norm)
         path = scope(names.q).rpartition("/")[0]
-        projected = self._attended(h, names, turn)
-        table = None if isinstance(turn, Rotation) else turn
+        if self.online.any("query_key") or isinstance(turn, Rotation) or names.head_norms():
+            projected = self.heads(h, names, turn if isinstance(turn, Rotation) else None)
+        else:
+            projected = self._side_by_side(h, names)
+        table = turn if isinstance(turn, Tables) else None
         context, *present = group_query_attention(self.g, projected, past, at, table, spec, layer, path)
-        residual.pending = self._after(self._linear(context, names.o), names.attention_output_norm)
+        residual.pending = self.after(self.linear(context, names.o), names.attention_output_norm)
         h = self._norm(residual, names.mlp_norm)
-        residual.pending = self._after(self._mlp(h, names), names.mlp_output_norm)
+        residual.pending = self.after(self.mlp(h, names), names.mlp_output_norm)
         return present[0], present[1]
 
-    def _mlp(self, h: ir.Value, names: LayerNames) -> ir.Value:
-        g, spec = self.g, self.checkpoint.spec
-        assert names.gate is not None
-        path = scope(names.gate).rpartition("/")[0]
-        if names.gate == names.up:
-            sizes = g.constant([spec.intermediate_size] * 2, INT64)
-            gate, up = g.ops("Split", [self._linear(h, names.up), sizes], f"{path}/Split", 2, axis=2)
-        else:
-            gate, up = self._linear(h, names.gate), self._linear(h, names.up)
-        if spec.activation == "silu":
-            gate = g.contrib("QuickGelu", [gate], f"{path}/silu/QuickGelu", alpha=1.0)
-        else:
-            gate = g.op("Gelu", [gate], f"{path}/Gelu", approximate="tanh")
-        product = g.op("Mul", [gate, up], f"{path}/Mul")
-        product = self.online.at(product, names.down, "input", spec.intermediate_size, scope(names.down))
-        return self._linear(product, names.down)
-
-    def _after(self, y: ir.Value, module: str | None) -> ir.Value:
-        return y if module is None else self.norm(y, module)
-
-    def _attended(
-        self, h: ir.Value, names: LayerNames, turn: Tables | Rotation | None
-    ) -> tuple[ir.Value] | tuple[ir.Value, ir.Value, ir.Value]:
-        """q, k and v as attention takes them: side by side, unless something comes between, on the heads of q and k."""
-        spec = self.checkpoint.spec
-        if not isinstance(turn, Rotation) and not names.head_norms():
-            return self._projections(h, names)
-        q, k, v = (self._linear(h, name) for name in (names.q, names.k, names.v))
-        if names.q_norm is not None:
-            q = self._head_norm(q, names.q_norm, spec.heads)
-        if names.k_norm is not None:
-            k = self._head_norm(k, names.k_norm, spec.kv_heads)
-        if isinstance(turn, Rotation):
-            q, k = self._turned(q, names.q, spec.heads, turn), self._turned(k, names.k, spec.kv_heads, turn)
-        return q, k, v
-
-    def _head_norm(self, x: ir.Value, module: str, heads: int) -> ir.Value:
-        """Each head of q or k by itself. Attention's own inputs for the weights are not served by the CPU provider."""
-        g, size = self.g, self.checkpoint.spec.head_dim
-        split = g.op("Reshape", [x, g.constant([0, 0, heads, size], INT64)], f"{scope(module)}/Reshape")
-        whole = g.constant([0, 0, heads * size], INT64)
-        return g.op("Reshape", [self.norm(split, module), whole], f"{scope(module)}/ReshapeBack")
-
-    def _turned(self, x: ir.Value, module: str, heads: int, turn: Rotation) -> ir.Value:
-        """q or k float32 [batch, sequence, heads * head_dim], turned by its positions and then by what it owes."""
-        x = rotate(self.g, x, turn, heads, scope(module))
-        attention = module.rpartition(".")[0]
-        return self.online.at(x, attention, "query_key", heads * self.checkpoint.spec.head_dim, scope(module))
+    def activation(self, x: ir.Value, path: str) -> ir.Value:
+        if self.checkpoint.spec.activation == "silu":
+            return self.g.contrib("QuickGelu", [x], f"{path}/QuickGelu", alpha=1.0)
+        return super().activation(x, path)
 
     def _norm(self, residual: _Residual, module: str) -> ir.Value:
         if residual.pending is None:
             return self.norm(residual.value, module)
-        scale = self.g.floats(f"{module}.weight", self.norm_weight(module))
+        layer = self.checkpoint.spec.norm == "layer"
+        weights = [self.g.floats(f"{module}.weight", self.norm_weight(module))]
+        if layer:
+            weights.append(self.g.floats(f"{module}.bias", self.parameter(f"{module}.bias")))
+        kind = "SkipLayerNormalization" if layer else "SkipSimplifiedLayerNormalization"
         normed, residual.value = self.g.contribs(
-            "SkipSimplifiedLayerNormalization",
-            [residual.value, residual.pending, scale],
-            f"{scope(module)}/SkipSimplifiedLayerNormalization",
+            kind,
+            [residual.value, residual.pending, *weights],
+            f"{scope(module)}/{kind}",
             (0, 3),
             epsilon=self.checkpoint.spec.norm_eps,
         )
@@ -189,19 +156,19 @@ class FusedDecoder(DecoderBuilder):
         x = self.online.at(x, spec.final_norm, "input", spec.hidden_size, scope(spec.final_norm))
         return self.norm(x, spec.final_norm)
 
-    def _projections(self, h: ir.Value, names: LayerNames) -> tuple[ir.Value] | tuple[ir.Value, ir.Value, ir.Value]:
-        """q, k and v, side by side in one tensor where they have the same grid and precision."""
+    def _side_by_side(self, h: ir.Value, names: LayerNames) -> tuple[ir.Value, ...]:
+        """q, k and v in one tensor where they have the same grid and precision, otherwise each by itself."""
         modules = (names.q, names.k, names.v)
         if len(set(modules)) == 1:  # stored side by side
-            return (self._linear(h, names.q),)
+            return (self.linear(h, names.q),)
         if not all(self.checkpoint.is_quantized(module) for module in modules):
-            return self._linear(h, names.q), self._linear(h, names.k), self._linear(h, names.v)
+            return self.projections(h, names, "q", "k", "v")
         weights = [self.checkpoint.quantized(module) for module in modules]
         grids = {(each.group_size, each.zero_points is None) for each in weights}
         ways = {self._carrier(module, weight) for module, weight in zip(modules, weights, strict=True)}
         precisions = {self.precision(module) for module in modules}
         if len(grids) > 1 or len(ways) > 1 or len(precisions) > 1 or not next(iter(ways)).fused:
-            return self._linear(h, names.q), self._linear(h, names.k), self._linear(h, names.v)
+            return self.projections(h, names, "q", "k", "v")
         way = next(iter(ways))
         name = f"{names.q.rpartition('.')[0]}.qkv_proj"
         self.linears.update(dict.fromkeys(modules, way))
@@ -209,7 +176,7 @@ class FusedDecoder(DecoderBuilder):
         bias = self.bias(name, modules)
         return (nbits_linear(self.g, h, scope(name), stored, self.precision(names.q), bias),)
 
-    def _linear(self, x: ir.Value, module: str) -> ir.Value:
+    def linear(self, x: ir.Value, module: str) -> ir.Value:
         g = self.g
         bias = self.bias(module, (module,))
         if not self.checkpoint.is_quantized(module):
@@ -234,13 +201,13 @@ class FusedDecoder(DecoderBuilder):
             x, source = float_embedding(g, ids, module, self.parameter(f"{module}.weight"))
             if spec.tied_embeddings:
                 return x, lambda x: tied_float_head(g, x, spec.head, source)
-            return x, lambda x: self._linear(x, spec.head)
+            return x, lambda x: self.linear(x, spec.head)
         table = checkpoint.quantized(module)
         if not spec.tied_embeddings:
             # No product is computed with it, so it takes the fewest bits that a byte divides into.
             bits = {3: 4}.get(table.bits, table.bits)
             return nbits_embedding(g, ids, path, store_nbits(g, module, [table], bits, table=True)), (
-                lambda x: self._linear(x, spec.head)
+                lambda x: self.linear(x, spec.head)
             )
         way = self.linears[spec.head] = self._carrier(spec.head, table)
         if not way.fused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -58,7 +59,7 @@ def tables(g: GraphBuilder, frequencies: tuple[float, ...], scaling: float, cont
 
 def group_query_attention(
     g: GraphBuilder,
-    projected: tuple[ir.Value] | tuple[ir.Value, ir.Value, ir.Value],
+    projected: Sequence[ir.Value],
     past: tuple[ir.Value, ir.Value],
     at: Lengths,
     turn: Tables | None,
@@ -76,7 +77,7 @@ def group_query_attention(
     Returns:
         The context float32 [batch, sequence, heads * head_dim], and the keys and values with the new ones behind.
     """
-    q, k, v = projected if len(projected) == 3 else (projected[0], None, None)
+    q, k, v = projected if len(projected) == 3 else (*projected, None, None)
     window = spec.attention[layer].window
     rotary = [] if turn is None else [turn.cos, turn.sin]
     context, keys, values = g.contribs(

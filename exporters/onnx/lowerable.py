@@ -1,57 +1,90 @@
-"""What this exporter can write of a decoder; anything else is refused before it could become a wrong graph."""
+"""What this exporter refuses, said once: of a recipe before anything is quantized, of a checkpoint before any work."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from exporters.base import Activations
 from exporters.bundle import Form
+from exporters.onnx.activation import ACTIVATIONS
+from exporters.onnx.kernels import FUSED_GROUPS
 from toolchain.families import DecoderSpec
 
-ACCEPTED: dict[Form, str] = {
-    "qdq": "Llama-type decoders: RMS norms before the sublayers, one RoPE over whole heads, gated SiLU MLP, "
-    "projections in modules of their own, biases or none. The fused form takes more families",
-    "fused": "decoders with RMS norms, rotary or no positions and a gated MLP with SiLU or tanh-approximated GELU",
-}
+Place = Literal["weights", "embedding", "activations", "kv_cache", "model"]
+"""What has to be changed: fields of a recipe, or the model itself."""
 
-# What the operators of one form take, and those of another do not.
-_QDQ = frozenset({"RoPE on a number of channels that 16 does not divide"})
-# What GroupQueryAttention and the nodes around it have.
-_FUSED = frozenset(
-    {
-        "norms with 1 + weight",
-        "norms after the sublayers",
-        "norms on the heads of q and k",
-        "projections that share a module",
-        "layers with different RoPE",
-        "no RoPE",
-        "RoPE on a part of each head",
-        "sliding windows",
-        "capped attention scores",
-        "capped logits",
-        "scaled embeddings",
-        "activation 'gelu_pytorch_tanh'",
-    }
-)
+Grid = Literal["weights", "embedding"]
+
+_WORDS: dict[Grid, str] = {"weights": "the linears", "embedding": "the embedding table"}
+_HEAD_MULTIPLE = 8  # GroupQueryAttention's
 
 
-def obstacles(spec: DecoderSpec, form: Form = "qdq") -> list[str]:
-    """Features of a decoder that the graph would lack, in words."""
-    turns = {(each.rope_inv_freq, each.rope_scaling) for each in spec.attention}
-    found = {
-        "layer norms": spec.norm == "layer",
-        "norms with 1 + weight": spec.norm == "rms_offset",
-        "norms after the sublayers": not spec.residual_is_plain,
-        "norms on the heads of q and k": spec.qk_norm,
-        "projections that share a module": any(names.shared_rows for names in spec.layer_names),
-        "layers with different RoPE": len(turns) > 1,
-        "no RoPE": turns == {((), 1.0)},
-        "RoPE on a part of each head": any(0 < 2 * len(angles) < spec.head_dim for angles, _ in turns),
-        "RoPE on a number of channels that 16 does not divide": any(len(angles) % 8 for angles, _ in turns),
-        "sliding windows": any(each.window and each.window < spec.max_positions for each in spec.attention),
-        "capped attention scores": spec.attention_softcap is not None,
-        "capped logits": spec.logit_softcap is not None,
-        "scaled embeddings": spec.embedding_scale != 1.0,
-        "learned positions": spec.position_table is not None,
-        "an MLP without a gate": any(names.gate is None for names in spec.layer_names),
-        f"activation {spec.activation!r}": spec.activation != "silu",
-    }
-    lacks = [feature for feature, present in found.items() if present]
-    return [feature for feature in lacks if feature not in (_FUSED if form == "fused" else _QDQ)]
+def in_words(grid: Grid) -> str:
+    """As a user calls it."""
+    return _WORDS[grid]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an export would have to carry, as far as it is known.
+
+    Attributes:
+        groups: what is quantized and in which group size, None per output channel.
+        scheme: of quantized activations.
+        cache: scheme of a quantized cache.
+    """
+
+    form: Form
+    activations: Activations
+    groups: Sequence[tuple[Grid, int | None]]
+    scheme: str | None
+    cache: str | None
+    spec: DecoderSpec | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there is no graph, and what to do."""
+
+    place: Place
+    problem: str
+    fix: str
+
+
+def refusals(asked: Asked) -> Iterator[Refusal]:
+    """What no graph of that form holds or ONNX Runtime does not run fast; nothing where all is well."""
+    if asked.spec is not None:
+        yield from _of_model(asked.spec, asked.form)
+    if asked.cache is not None:
+        yield Refusal(
+            "kv_cache",
+            "the graph keeps keys and values in float32, and not in an int8 cache",
+            "Choose a recipe without kv_cache",
+        )
+    if asked.scheme is not None and asked.scheme.startswith("static") and asked.activations == "int8":
+        yield Refusal(
+            "activations",
+            f"the activations are {asked.scheme}, for which ONNX Runtime's CPU has no kernel with int4 weights: "
+            "it would dequantize both at each call",
+            "Choose activations of scheme per_block, or export with --activations float32",
+        )
+    for grid, size in asked.groups:
+        if size is not None and size not in FUSED_GROUPS:
+            sizes = ", ".join(map(str, FUSED_GROUPS))
+            yield Refusal(
+                grid,
+                f"{in_words(grid)}: groups of {size}, for which ONNX Runtime has no fast kernel",
+                f"Choose a group size of {sizes}, or one scale per output channel",
+            )
+
+
+def _of_model(spec: DecoderSpec, form: Form) -> Iterator[Refusal]:
+    family = f"ONNX export of the family {spec.family!r}"
+    if spec.activation not in ACTIVATIONS:
+        problem = f"{family} is not there yet, for want of: activation {spec.activation!r}"
+        yield Refusal("model", problem, f"Accepted: {', '.join(ACTIVATIONS)}")
+    if form == "fused" and spec.head_dim % _HEAD_MULTIPLE:
+        problem = f"{family}: attention of the fused form has no heads of {spec.head_dim} channels"
+        yield Refusal("model", problem, f"Export with --form qdq; heads of a multiple of {_HEAD_MULTIPLE} go")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from boa_edge.progress import track
-from exporters.onnx.attention import attend, attention_bias
+from exporters.onnx.attention import attend, attention_bias, attention_places
 from exporters.onnx.decoder import FLOAT, INT64, DecoderBuilder
 from exporters.onnx.embedding import float_embedding, quantized_embedding, tied_embedding, tied_float_head
 from exporters.onnx.graph import scope
 from exporters.onnx.kernels import carrier
 from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
 from exporters.onnx.nbits import nbits_linear, store_nbits
-from exporters.onnx.rope import Rotation, rotate, rotation
+from exporters.onnx.rope import Rotation, rotations, turn_of
 from toolchain.families import LayerNames
 
 
@@ -30,46 +30,53 @@ class QdqDecoder(DecoderBuilder):
         position_ids = g.input("position_ids", INT64, ["batch", "sequence"])
         cache: list[int | str] = ["batch", spec.kv_heads, "past", spec.head_dim]
         pasts = self.cache_inputs(cache)
-        turn = rotation(g, position_ids, spec)
-        bias = attention_bias(g, input_ids, attention_mask)
+        turns = rotations(g, position_ids, spec)
+        biases = self._biases(input_ids, attention_mask)
         x, head = self._embedding(input_ids)
-        x = self.online.at(x, spec.embedding, "output", spec.hidden_size, scope(spec.embedding))
+        x = self.enter(x, position_ids)
         presents = []
-        for names, past in track(list(zip(spec.layer_names, pasts, strict=True)), "writing layers"):
-            x, present = self._layer(x, names, turn, bias, past)
+        for layer in track(range(spec.layers), "writing layers"):
+            attention = spec.attention[layer]
+            turn = turns.get(turn_of(attention))
+            x, present = self._layer(x, spec.layer_names[layer], turn, biases[attention.window], pasts[layer])
             presents.append(present)
         x = self.online.at(x, spec.final_norm, "input", spec.hidden_size, scope(spec.final_norm))
         x = self.norm(x, spec.final_norm)
-        g.output(head(x), "logits", FLOAT, ["batch", "sequence", spec.vocab_size])
+        logits = self.capped(head(x), scope(spec.head))
+        g.output(logits, "logits", FLOAT, ["batch", "sequence", spec.vocab_size])
         self.cache_outputs(presents, ["batch", spec.kv_heads, "total", spec.head_dim])
 
+    def _biases(self, input_ids: ir.Value, attention_mask: ir.Value) -> dict[int | None, ir.Value]:
+        """What is added to the scores, by window; one that is no shorter than any text is none."""
+        spec = self.checkpoint.spec
+        places = attention_places(self.g, input_ids, attention_mask)
+        made: dict[int | None, ir.Value] = {}
+        for window in dict.fromkeys(each.window for each in spec.attention):
+            real = None if window is None or window >= spec.max_positions else window
+            if real not in made:
+                made[real] = attention_bias(self.g, places, real)
+            made[window] = made[real]
+        return made
+
     def _layer(
-        self, x: ir.Value, names: LayerNames, turn: Rotation, bias: ir.Value, past: tuple[ir.Value, ir.Value]
+        self,
+        x: ir.Value,
+        names: LayerNames,
+        turn: Rotation | None,
+        bias: ir.Value,
+        past: tuple[ir.Value, ir.Value],
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
-        g, spec = self.g, self.checkpoint.spec
-        h = self.norm(x, names.attention_norm)
-        q, k, v = (self._linear(h, name) for name in (names.q, names.k, names.v))
-        q = rotate(g, q, turn, spec.heads, scope(names.q))
-        k = rotate(g, k, turn, spec.kv_heads, scope(names.k))
-        attention = names.q.rpartition(".")[0]
-        q = self.online.at(q, attention, "query_key", spec.heads * spec.head_dim, scope(names.q))
-        k = self.online.at(k, attention, "query_key", spec.kv_heads * spec.head_dim, scope(names.k))
-        context, keys, values = attend(g, q, k, v, bias, past, spec, scope(names.q).rpartition("/")[0])
-        x = self._add(x, self._linear(context, names.o), names.o)
-        h = self.norm(x, names.mlp_norm)
-        assert names.gate is not None
-        gate, up = self._linear(h, names.gate), self._linear(h, names.up)
-        path = scope(names.gate).rpartition("/")[0]
-        sigmoid = g.op("Sigmoid", [gate], f"{path}/silu/Sigmoid")
-        gate = g.op("Mul", [gate, sigmoid], f"{path}/silu/Mul")
-        product = g.op("Mul", [gate, up], f"{path}/Mul")
-        product = self.online.at(product, names.down, "input", spec.intermediate_size, scope(names.down))
-        return self._add(x, self._linear(product, names.down), names.down), (keys, values)
+        spec = self.checkpoint.spec
+        q, k, v = self.heads(self.norm(x, names.attention_norm), names, turn)
+        context, keys, values = attend(self.g, q, k, v, bias, past, spec, scope(names.q).rpartition("/")[0])
+        x = self._add(x, self.after(self.linear(context, names.o), names.attention_output_norm), names.o)
+        y = self.mlp(self.norm(x, names.mlp_norm), names)
+        return self._add(x, self.after(y, names.mlp_output_norm), names.down), (keys, values)
 
     def _add(self, x: ir.Value, y: ir.Value, module: str) -> ir.Value:
         return self.g.op("Add", [x, y], f"{scope(module)}/residual/Add")
 
-    def _linear(self, x: ir.Value, module: str) -> ir.Value:
+    def linear(self, x: ir.Value, module: str) -> ir.Value:
         if self.checkpoint.is_quantized(module):
             weight = self.checkpoint.quantized(module)
             activations = self.precision(module)
@@ -91,7 +98,7 @@ class QdqDecoder(DecoderBuilder):
         if checkpoint.is_quantized(spec.embedding):
             table = checkpoint.quantized(spec.embedding)
             if not spec.tied_embeddings:
-                return quantized_embedding(g, ids, spec.embedding, table), lambda x: self._linear(x, spec.head)
+                return quantized_embedding(g, ids, spec.embedding, table), lambda x: self.linear(x, spec.head)
             # Gather reads no type below a byte, and the table shall be stored once: 8 bits for both of its uses.
             chosen = self.linears[spec.head] = carrier(8, table.group_size, self.precision(spec.head))
             stored = store(g, spec.head, table, chosen)
@@ -100,4 +107,4 @@ class QdqDecoder(DecoderBuilder):
         x, source = float_embedding(g, ids, spec.embedding, self.parameter(f"{spec.embedding}.weight"))
         if spec.tied_embeddings:
             return x, lambda x: tied_float_head(g, x, spec.head, source)
-        return x, lambda x: self._linear(x, spec.head)
+        return x, lambda x: self.linear(x, spec.head)

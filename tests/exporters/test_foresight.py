@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,26 @@ def test_the_default_recipe_suits_every_runtime(runtime: str) -> None:
         exporter.foresee(load_recipe(DEFAULT_RECIPE), None, Request("int8", form))
 
 
-@pytest.mark.parametrize("runtime", sorted(EXPORTERS))
-def test_models_that_no_program_holds(runtime: str) -> None:
-    exporter = EXPORTERS[runtime]
+def test_models_that_no_program_holds() -> None:
     opt = describe(CONFIGS["opt"]().to_dict() | {"architectures": ["OPTForCausalLM"]}, "test")
+    exporter = EXPORTERS["executorch"]
     with pytest.raises(UsageError, match="layer norms"):
         exporter.foresee(recipe(), opt, Request("int8", exporter.forms[0]))
+
+
+@pytest.mark.parametrize("form", EXPORTERS["onnx"].forms)
+def test_models_that_no_graph_holds(form: str) -> None:
+    foresee = EXPORTERS["onnx"].foresee
+    opt = describe(CONFIGS["opt"]().to_dict() | {"architectures": ["OPTForCausalLM"]}, "test")
+    foresee(recipe(), opt, Request("int8", form))
+    with pytest.raises(UsageError, match=r"for want of: activation 'swish2'.*relu"):
+        foresee(recipe(), replace(opt, activation="swish2"), Request("int8", form))
+    narrow = replace(opt, head_dim=12)
+    if form == "fused":
+        with pytest.raises(UsageError, match=r"heads of 12 channels.*--form qdq"):
+            foresee(recipe(), narrow, Request("int8", form))
+    else:
+        foresee(recipe(), narrow, Request("int8", form))
 
 
 def test_windows_shorter_than_the_context_are_refused_with_the_context_that_goes() -> None:

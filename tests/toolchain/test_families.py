@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from boa_edge.errors import BoaEdgeError
-from exporters import Bundle, export
-from exporters.onnx.lowerable import obstacles
-from exporters.onnx.session import OnnxDecoder
 from tests.toolchain.families import CONFIGS, WINDOW, Block, rotation
 from toolchain.block import Stream
 from toolchain.checkpoint import Checkpoint
@@ -323,49 +318,6 @@ def test_the_residual_is_made_up_for_only_where_it_is_plain(source: Callable[[st
                     statistics, _ = collect(runner, block.spec, ("o",), text, reference, wanted)
                 lacking.append(statistics.lacking["o"])
         assert torch.equal(*lacking) != plain
-
-
-OBSTACLES = {
-    "gemma2": ("norms with 1 + weight", "norms after the sublayers", "sliding windows", "capped attention scores"),
-    "gemma3": ("norms on the heads of q and k", "layers with different RoPE", "scaled embeddings"),
-    "llama": (),
-    "mistral": (),
-    "opt": ("layer norms", "no RoPE", "learned positions", "an MLP without a gate", "activation 'relu'"),
-    "phi3": ("projections that share a module",),
-    "phi4": ("projections that share a module", "RoPE on a part of each head"),
-    "qwen2": ("sliding windows",),
-    "qwen3": ("norms on the heads of q and k", "sliding windows"),
-    "smollm3": ("layers with different RoPE",),
-}
-
-
-def test_the_onnx_exporter_refuses_what_its_graph_would_lack(
-    source: Callable[[str], SourceModel], directory: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    for family in FAMILIES:
-        found = obstacles(source(family).spec)
-        assert set(found) >= set(OBSTACLES[family])
-        assert bool(found) == bool(OBSTACLES[family])
-    recipe = parse_recipe({"method": "rtn", "weights": {"bits": 4, "group_size": 32}, "calibration": SMALL}, "test")
-    quantize(str(directory("qwen3")), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
-    with pytest.raises(BoaEdgeError, match="ONNX export of the family 'qwen3' is not there yet, for want of: norms on"):
-        export(tmp_path / "ckpt", "onnx", tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
-
-
-def test_qwen2_without_windows_is_exported(directory: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
-    model = directory("qwen2")
-    config = json.loads((model / "config.json").read_text())
-    shutil.copytree(model, tmp_path / "model")
-    config |= {"use_sliding_window": False, "layer_types": ["full_attention"] * 2}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    recipe = parse_recipe({"method": "rtn", "weights": {"bits": 4, "group_size": 32}, "calibration": SMALL}, "test")
-    quantize(str(tmp_path / "model"), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
-    export(tmp_path / "ckpt", "onnx", tmp_path / "bundle", activations="float32")
-    decoder = OnnxDecoder.open(Bundle.open(tmp_path / "bundle"), threads=1)
-    reference = load_file(tmp_path / "ckpt" / "reference.safetensors")
-    logits = torch.from_numpy(decoder.logits(reference["tokens"][None].numpy()))[0]
-    assert torch.allclose(logits, reference["quantized_logits"], atol=1e-3)
 
 
 BASE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
