@@ -1,8 +1,10 @@
 // The operators that a language model's program needs and that the runtime's libraries lack, registered with the
 // runtime before main() runs:
 //   llama::update_cache.out(value, cache, start_pos, *, out)
+//   llama::update_cache_with_indices.out(value, cache, start_pos, indices, *, out)
 //   llama::custom_sdpa.out(query, key, value, start_pos, attn_mask, dropout_p, is_causal, scale, *, out)
-// Shapes: value [1, S, kv_heads, head_size] and cache [1, context, kv_heads, head_size] of one type; query
+// Shapes: value [1, S, kv_heads, head_size] and cache [1, context, kv_heads, head_size] of one type; indices int64 [1, S],
+// the rows of the cache that the rows of value go to, in place of start_pos; query
 // [1, S, heads, head_size] float32, key and value the whole caches. A mask is float32 [S, context] and excludes
 // is_causal; without one, keys from start_pos + S on are not looked at.
 
@@ -51,6 +53,16 @@ bool dense(const Tensor& tensor) {
 // A dense tensor [1, n, heads, head_size].
 bool heads(const Tensor& tensor) { return tensor.dim() == 4 && tensor.size(0) == 1 && dense(tensor); }
 
+// New rows and the cache that they go to: of one type, and alike but for their number.
+bool alike(const Tensor& value, const Tensor& cache) {
+    return heads(value) && heads(cache) && value.scalar_type() == cache.scalar_type() && value.size(2) == cache.size(2) &&
+           value.size(3) == cache.size(3);
+}
+
+std::size_t row_bytes(const Tensor& cache) {
+    return static_cast<std::size_t>(cache.size(2)) * cache.size(3) * cache.element_size();
+}
+
 #define BOA_REQUIRE(condition, ...)              \
     do {                                         \
         if (!(condition)) {                      \
@@ -68,14 +80,37 @@ void update_cache(KernelRuntimeContext& context, Arguments arguments) {
     const Tensor& value = arguments[0]->toTensor();
     const Tensor& cache = arguments[1]->toTensor();
     const std::int64_t start = arguments[2]->toInt();
-    BOA_REQUIRE(heads(value) && heads(cache) && value.scalar_type() == cache.scalar_type() &&
-                    value.size(2) == cache.size(2) && value.size(3) == cache.size(3),
+    BOA_REQUIRE(alike(value, cache),
                 "llama::update_cache: value and cache must be [1, n, heads, head_size], of one type and alike but for n");
     BOA_REQUIRE(start >= 0 && start <= cache.size(1) - value.size(1),
                 "llama::update_cache: positions %" PRId64 " to %" PRId64 " are outside a cache of %d", start,
                 start + value.size(1), static_cast<int>(cache.size(1)));
-    const std::size_t row = static_cast<std::size_t>(cache.size(2)) * cache.size(3) * cache.element_size();
+    const std::size_t row = row_bytes(cache);
     std::memcpy(static_cast<char*>(cache.mutable_data_ptr()) + start * row, value.const_data_ptr(), value.size(1) * row);
+}
+
+void update_cache_with_indices(KernelRuntimeContext& context, Arguments arguments) {
+    BOA_REQUIRE(arguments.size() >= 5 && arguments[0]->isTensor() && arguments[1]->isTensor() && arguments[3]->isTensor(),
+                "llama::update_cache_with_indices takes value, cache, start_pos, indices and out");
+    const executorch::runtime::internal::EventTracerProfileOpScope event(context.internal_event_tracer(),
+                                                                        "llama::update_cache_with_indices");
+    const Tensor& value = arguments[0]->toTensor();
+    const Tensor& cache = arguments[1]->toTensor();
+    const Tensor& indices = arguments[3]->toTensor();
+    BOA_REQUIRE(alike(value, cache) && indices.scalar_type() == ScalarType::Long && indices.dim() == 2 &&
+                    indices.size(0) == 1 && indices.size(1) == value.size(1) && dense(indices),
+                "llama::update_cache_with_indices: value and cache must be [1, n, heads, head_size], of one type and alike "
+                "but for n, indices int64 [1, n of value]");
+    const std::size_t row = row_bytes(cache);
+    const std::int64_t* rows = indices.const_data_ptr<std::int64_t>();
+    const char* source = static_cast<const char*>(value.const_data_ptr());
+    char* target = static_cast<char*>(cache.mutable_data_ptr());
+    for (std::int64_t i = 0; i < value.size(1); ++i) {
+        BOA_REQUIRE(rows[i] >= 0 && rows[i] < cache.size(1),
+                    "llama::update_cache_with_indices: row %" PRId64 " is outside a cache of %d", rows[i],
+                    static_cast<int>(cache.size(1)));
+        std::memcpy(target + rows[i] * row, source + i * row, row);
+    }
 }
 
 void attend_all(const boa::Attention& attention) {
@@ -150,9 +185,10 @@ void custom_sdpa(KernelRuntimeContext& context, Arguments arguments) {
 
 const Kernel kernels[] = {
     Kernel("llama::update_cache.out", update_cache),
+    Kernel("llama::update_cache_with_indices.out", update_cache_with_indices),
     Kernel("llama::custom_sdpa.out", custom_sdpa),
 };
-const Error registered = executorch::runtime::register_kernels({kernels, 2});
+const Error registered = executorch::runtime::register_kernels({kernels, sizeof(kernels) / sizeof(kernels[0])});
 
 }  // namespace
 

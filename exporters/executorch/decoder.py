@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 (regist
 from torch import Tensor, nn
 from torch.export import Dim
 
+from exporters.executorch.cache import Kept, Sight
 from exporters.executorch.lowerable import Lengths
 from exporters.executorch.placeholder import placeholder
+from exporters.executorch.segments import attends_in_delegates
 from toolchain.checkpoint import Checkpoint
 from toolchain.families import AttentionSpec, DecoderSpec
 from toolchain.quantized import QuantizedWeight
@@ -41,9 +44,17 @@ class DecoderProgram(nn.Module):
                 kinds[kind] = len(kinds)
                 self.turns.append(_Turn(each, spec.head_dim))
             self.turn_of.append(kinds.get(kind))
-        for layer in range(spec.layers):
+        self.position_table = None
+        if spec.position_table is not None:
+            self.position_table = nn.Embedding.from_pretrained(position_rows(checkpoint, lengths))
+        self.kept = [Kept.of(each, lengths) for each in spec.attention]
+        # Of the caches that need a mask: all that hide something, and all where attention is a matter of the delegates.
+        masked = [kept for kept in self.kept if kept.window is not None or attends_in_delegates(spec)]
+        self.masked = list(dict.fromkeys(masked))
+        self.sights = nn.ModuleList(Sight(kept) for kept in self.masked)
+        for layer, kept in enumerate(self.kept):
             for part in ("keys", "values"):
-                cache = torch.zeros(1, lengths.context, spec.kv_heads, spec.head_dim)
+                cache = torch.zeros(1, kept.slots, spec.kv_heads, spec.head_dim)
                 self.register_buffer(f"{part}_{layer}", cache)
 
     @property
@@ -70,26 +81,65 @@ class DecoderProgram(nn.Module):
         x = self.embedding(tokens)
         positions = torch.arange(tokens.shape[1]) + input_pos
         turns = [turn(positions) for turn in self.turns]
-        context: list[Tensor] = []
-        for layer in range(spec.layers):
+        masks = {kept: sight(positions) for kept, sight in zip(self.masked, self.sights, strict=True)}
+        added = [] if self.position_table is None else [self.position_table(positions)[None]]
+        seen: _Seen | None = None
+        for layer, kept in enumerate(self.kept):
             kind = self.turn_of[layer]
-            inputs = [*context, x, *([] if kind is None else turns[kind])]
+            inputs = [*(seen.inputs() if seen else []), x, *added, *([] if kind is None else turns[kind])]
             q, k, v, *changed = self._delegate(inputs, layer)
-            x = changed[0] if changed else x
-            context = [self._attention(q, k, v, layer, start)]
+            x, added = changed[0] if changed else x, []
+            seen = self._attention(q, k, v, layer, start, positions, masks.get(kept))
         # Of one position from here on: its logits are all that is asked for.
-        (logits,) = self._delegate([context[0][:, -1:], x[:, -1:]], spec.layers)
+        assert seen is not None
+        (logits,) = self._delegate([*seen.last().inputs(), x[:, -1:]], spec.layers)
         return logits.view(1, spec.vocab_size)
 
     def _delegate(self, inputs: list[Tensor], segment: int) -> list[Tensor]:
         heads, widths = outputs_of(self.spec, segment, self.hands_on)
         return placeholder(inputs, segment, heads, widths)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, layer: int, start: Any) -> Tensor:
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, start: Any, positions: Tensor, mask: Tensor | None
+    ) -> _Seen:
+        kept, llama, scale = self.kept[layer], torch.ops.llama, self.spec.attention_scale
         keys, values = getattr(self, f"keys_{layer}"), getattr(self, f"values_{layer}")
-        torch.ops.llama.update_cache(k, keys, start)
-        torch.ops.llama.update_cache(v, values, start)
-        return torch.ops.llama.custom_sdpa(q, keys, values, start, None, 0.0, True, self.spec.attention_scale)
+        for new, cache in ((k, keys), (v, values)):
+            if kept.slots < self.lengths.context:
+                llama.update_cache_with_indices(new, cache, 0, torch.remainder(positions, kept.slots)[None])
+            else:
+                llama.update_cache(new, cache, start)
+        if attends_in_delegates(self.spec):
+            assert mask is not None
+            return _Seen(q, [keys, values], mask)
+        if mask is not None:
+            return _Seen(llama.custom_sdpa(q, keys, values, 0, mask, 0.0, False, scale))
+        return _Seen(llama.custom_sdpa(q, keys, values, start, None, 0.0, True, scale))
+
+
+@dataclass
+class _Seen:
+    """What attention hands to the delegate behind it: its result, or, of attention inside of the delegate, queries,
+    cache and mask.
+    """
+
+    first: Tensor
+    cache: list[Tensor] = field(default_factory=list)
+    mask: Tensor | None = None
+
+    def inputs(self) -> list[Tensor]:
+        return [self.first, *self.cache, *([] if self.mask is None else [self.mask])]
+
+    def last(self) -> _Seen:
+        """Of the last position only."""
+        return _Seen(self.first[:, -1:], self.cache, None if self.mask is None else self.mask[-1:])
+
+
+def position_rows(checkpoint: Checkpoint, lengths: Lengths) -> Tensor:
+    """Learned positions, float32 [context, hidden]: OPT's table has two more rows in front."""
+    table = checkpoint.tensor(f"{checkpoint.spec.position_table}.weight").float()
+    skipped = table.shape[0] - checkpoint.spec.max_positions
+    return table[skipped : skipped + lengths.context].contiguous()
 
 
 def outputs_of(spec: DecoderSpec, segment: int, hands_on: bool) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as sc
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import serialize_xnnpack_binary
 from executorch.backends.xnnpack.utils.xnnpack_constants import (
     UINT64_MAX,
+    XNN_FLAG_TRANSPOSE_WEIGHTS,
     XNN_INVALID_VALUE_ID,
     XNN_VALUE_FLAG_EXTERNAL_INPUT,
     XNN_VALUE_FLAG_EXTERNAL_OUTPUT,
@@ -84,6 +85,14 @@ class Delegate:
         """left + right, broadcast."""
         return self._binary(schema.XNNAdd, left, right)
 
+    def subtract(self, left: Value, right: Value) -> Value:
+        """left - right, broadcast."""
+        return self._binary(schema.XNNSubtract, left, right)
+
+    def maximum(self, left: Value, right: Value) -> Value:
+        """The larger one, broadcast."""
+        return self._binary(schema.XNNMaximum, left, right)
+
     def multiply(self, left: Value, right: Value) -> Value:
         """left * right, broadcast."""
         return self._binary(schema.XNNMultiply, left, right)
@@ -107,6 +116,21 @@ class Delegate:
     def tanh(self, x: Value) -> Value:
         """The hyperbolic tangent."""
         return self._unary(schema.XNNTanh, x)
+
+    def gelu(self, x: Value) -> Value:
+        """x times the normal distribution's integral up to x."""
+        return self._unary(schema.XNNGelu, x)
+
+    def softmax(self, x: Value) -> Value:
+        """e^x over its sum along the last axis."""
+        return self._unary(schema.XNNSoftmax, x)
+
+    def batched(self, left: Value, right: Value, *, transposed: bool = False) -> Value:
+        """left [n, a, b] times right [n, b, c], or [n, c, b] if `transposed` -> [n, a, c]. None is a constant."""
+        y = self._value((*left.dims[:-1], right.dims[-2 if transposed else -1]))
+        flags = XNN_FLAG_TRANSPOSE_WEIGHTS if transposed else 0  # (of the same value as XNN_FLAG_TRANSPOSE_B)
+        self._node(schema.XNNBatchMatrixMultiply(left.id, right.id, y.id, flags))
+        return y
 
     def reshape(self, x: Value, dims: Dims, tokens: int) -> Value:
         """x in the shape `dims`, of which the axis `tokens` follows from the others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from boa_edge.errors import UsageError
 from exporters.base import Request
-from exporters.executorch.lowerable import ACCEPTED, GROUP, check_windows, lengths, obstacles
+from exporters.executorch.lowerable import GROUP, check_family, lengths
 from toolchain.families import DecoderSpec
 from toolchain.recipe import Recipe
 
@@ -45,7 +45,5 @@ def foresee(recipe: Recipe, spec: DecoderSpec | None, request: Request) -> None:
         problem = "XNNPACK takes int8 inputs only where weights are in groups"
         raise UsageError(problem, where="--activations", fix="Leave it out, or choose a recipe without groups")
     if spec is not None:
-        if found := obstacles(spec):
-            problem = f"ExecuTorch export of the family {spec.family!r} is not there, for want of: {', '.join(found)}"
-            raise UsageError(problem, where="the model", fix=f"Accepted: {ACCEPTED}")
-        check_windows(spec, lengths(spec, request), "the model")
+        check_family(spec, "the model")
+        lengths(spec, request)

@@ -75,7 +75,7 @@ def write_decoder(
     operators: Counter[str] = Counter()
     delegates, changed = [], False
     for index in track(range(checkpoint.spec.layers + 1), "writing delegates"):
-        delegate = segments.build(index, lengths.prefill)
+        delegate = segments.build(index, lengths)
         changed = changed or (index == 0 and len(delegate.outputs) > 3)
         operators += delegate.operators
         delegates.append(delegate.serialize())

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from boa_edge.errors import BoaEdgeError
 from exporters.base import Activations
+from exporters.executorch.cache import Kept
+from exporters.executorch.capped import attend
 from exporters.executorch.constants import Constants
 from exporters.executorch.delegate import Delegate, Value
+from exporters.executorch.lowerable import Lengths
 from toolchain.checkpoint import Checkpoint
-from toolchain.families import Part
+from toolchain.families import DecoderSpec, Part
 from toolchain.quantized import QuantizedWeight
 from toolchain.transforms import OnlineProduct, online_products
 from toolchain.transforms.product import Place
@@ -27,6 +30,11 @@ def rows_of(weight: QuantizedWeight, part: Part) -> QuantizedWeight:
     """The rows of a projection that shares its module with others."""
     zeros = None if weight.zero_points is None else weight.zero_points[part.rows]
     return QuantizedWeight(weight.codes[part.rows], weight.scales[part.rows], zeros, weight.bits, weight.group_size)
+
+
+def attends_in_delegates(spec: DecoderSpec) -> bool:
+    """Whether attention is part of the delegate behind it, for want of an operator that could do it."""
+    return spec.attention_softcap is not None
 
 
 class Segments:
@@ -44,32 +52,46 @@ class Segments:
         self.linears: set[str] = set()
         self.kept: set[str] = set()
 
-    def build(self, index: int, tokens: int) -> Delegate:
-        """Delegate `index`, 0 to the number of layers, for at most so many tokens (the last one: for one).
+    def build(self, index: int, lengths: Lengths) -> Delegate:
+        """Delegate `index`, 0 to the number of layers, for as many tokens as one call takes (the last one: for one).
 
-        It takes context [1, S, heads, head_dim] (all but the first), x [1, S, hidden], and the next layer's cos and
-        sin [1, S, 1, head_dim] where it turns; it hands out q [1, S, heads, head_dim], k, v [1, S, kv_heads, head_dim]
-        and x where it has changed, or logits [1, 1, vocabulary].
+        It takes what attention hands on (all but the first): context [1, S, heads, head_dim], or q [1, S, heads,
+        head_dim], keys and values [1, slots, kv_heads, head_dim] and a mask [S, slots]; x [1, S, hidden]; learned
+        positions [1, S, hidden] (the first, where there are some); and the next layer's cos and sin [1, S, 1, head_dim]
+        where it turns. It hands out q [1, S, heads, head_dim], k, v [1, S, kv_heads, head_dim] and x where it has
+        changed, or logits [1, 1, vocabulary].
         """
         spec, d = self.spec, Delegate(self.constants)
-        if index == spec.layers:
-            context, x = d.input((1, 1, spec.heads, spec.head_dim)), d.input((1, 1, spec.hidden_size))
-            d.output(self._logits(d, self._after_attention(d, context, x, index - 1)))
-            return d
-        context_in = d.input((1, tokens, spec.heads, spec.head_dim)) if index else None
+        tokens = 1 if index == spec.layers else lengths.prefill
+        seen = self._seen(d, tokens, Kept.of(spec.attention[index - 1], lengths)) if index else []
         x = x_in = d.input((1, tokens, spec.hidden_size))
+        if index == spec.layers:
+            d.output(self._logits(d, self._after_attention(d, seen, x, index - 1)))
+            return d
+        added = d.input(x.dims) if not index and spec.position_table is not None else None
         turns = bool(spec.attention[index].rope_inv_freq)
         turn = (d.input((1, tokens, 1, spec.head_dim)), d.input((1, tokens, 1, spec.head_dim))) if turns else None
-        x = self._embedded(d, x) if context_in is None else self._after_attention(d, context_in, x, index - 1)
+        x = self._after_attention(d, seen, x, index - 1) if index else self._embedded(d, x, added)
         for value in self._queries_keys_values(d, x, index, turn):
             d.output(value)
         if x is not x_in:
             d.output(x)
         return d
 
-    def _embedded(self, d: Delegate, x: Value) -> Value:
+    def _seen(self, d: Delegate, tokens: int, kept: Kept) -> list[Value]:
+        """The inputs that come from attention."""
+        spec = self.spec
+        first = d.input((1, tokens, spec.heads, spec.head_dim))
+        if not attends_in_delegates(spec):
+            return [first]
+        cache = (1, kept.slots, spec.kv_heads, spec.head_dim)
+        return [first, d.input(cache), d.input(cache), d.input((tokens, kept.slots))]
+
+    def _embedded(self, d: Delegate, x: Value, added: Value | None) -> Value:
         if self.spec.embedding_scale != 1.0:
             x = d.multiply(x, d.scalar(self.spec.embedding_scale))
+        if added is not None:
+            x = d.add(x, added)
         return self._product(d, x, self.spec.embedding, "output")
 
     def _queries_keys_values(
@@ -95,14 +117,21 @@ class Segments:
             heads("v", spec.kv_heads, None, False),
         )
 
-    def _after_attention(self, d: Delegate, context: Value, x: Value, layer: int) -> Value:
+    def _after_attention(self, d: Delegate, seen: list[Value], x: Value, layer: int) -> Value:
         spec, names = self.spec, self.spec.layer_names[layer]
         parts = names.parts()
-        context = d.reshape(context, (1, context.dims[1], spec.heads * spec.head_dim), tokens=1)
+        if attends_in_delegates(spec):
+            context = attend(d, spec, *seen)
+        else:
+            context = d.reshape(seen[0], (1, x.dims[1], spec.heads * spec.head_dim), tokens=1)
         context = self._product(d, context, names.o, "input")
         x = d.add(x, self._after(d, self._linear(d, _Input(context), parts["o"]), names.attention_output_norm))
         h = _Input(self._norm(d, x, names.mlp_norm))
-        y = d.multiply(self._activation(d, self._linear(d, h, parts["gate"])), self._linear(d, h, parts["up"]))
+        y = self._linear(d, h, parts["up"])
+        if "gate" in parts:
+            y = d.multiply(self._activation(d, self._linear(d, h, parts["gate"])), y)
+        else:
+            y = self._activation(d, y)
         y = self._product(d, y, names.down, "input")
         return d.add(x, self._after(d, self._linear(d, _Input(y), parts["down"]), names.mlp_output_norm))
 
@@ -123,18 +152,28 @@ class Segments:
         return y if norm is None else self._norm(d, y, norm)
 
     def _norm(self, d: Delegate, x: Value, module: str) -> Value:
-        """x / rms(x) * w. XNNPACK has no mean over the last axis in this schema: it is a product with 1 / n."""
+        """x / rms(x) * w, or of x minus its mean, plus a bias. XNNPACK has no mean over the last axis in this schema:
+        it is a product with 1 / n.
+        """
         weight = self._parameter(f"{module}.weight")
         if self.spec.norm == "rms_offset":
             weight = weight + np.float32(1)
         width = x.dims[-1]
-        mean = d.linear(d.square(x), np.full((1, width), 1 / width, np.float32))
-        root = d.square_root(d.add(mean, d.scalar(self.spec.norm_eps)))
-        return d.multiply(d.divide(x, root), d.constant(weight))
+        mean = np.full((1, width), 1 / width, np.float32)
+        if self.spec.norm == "layer":
+            x = d.subtract(x, d.linear(x, mean))
+        root = d.square_root(d.add(d.linear(d.square(x), mean), d.scalar(self.spec.norm_eps)))
+        y = d.multiply(d.divide(x, root), d.constant(weight))
+        bias = f"{module}.bias"
+        return d.add(y, d.constant(self._parameter(bias))) if self.checkpoint.has(bias) else y
 
     def _activation(self, d: Delegate, x: Value) -> Value:
         if self.spec.activation == "silu":
             return d.multiply(x, d.sigmoid(x))
+        if self.spec.activation == "relu":
+            return d.maximum(x, d.scalar(0.0))
+        if self.spec.activation == "gelu":
+            return d.gelu(x)
         # x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), the approximation that Gemma is trained with.
         cube = d.multiply(d.multiply(d.square(x), x), d.scalar(0.044715))
         inner = d.multiply(d.add(x, cube), d.scalar(math.sqrt(2 / math.pi)))

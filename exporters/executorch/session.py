@@ -58,7 +58,8 @@ class ExecutorchDecoder:
             Logits float32 [vocabulary] of the last one.
 
         Raises:
-            ValueError: too many or too few tokens, an id outside of the vocabulary, or a gap in the text.
+            ValueError: too many or too few tokens, an id outside of the vocabulary, or a position that does not follow
+                on the last one (caches of windows have no room for what came before).
             BoaEdgeError: the runtime fails.
         """
         runtime = self.runtime
@@ -66,7 +67,7 @@ class ExecutorchDecoder:
             raise ValueError(f"{len(tokens)} tokens at once; 1 to {runtime.prefill_length} are possible")
         if position + len(tokens) > runtime.context_length:
             raise ValueError(f"{position + len(tokens)} tokens; the context holds {runtime.context_length}")
-        if not 0 <= position <= self._position:
+        if position not in (0, self._position):
             raise ValueError(f"position {position} after {self._position} tokens")
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
         if int(ids.min()) < 0 or int(ids.max()) >= runtime.vocab_size:

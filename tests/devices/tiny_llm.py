@@ -29,13 +29,18 @@ _decomposed = torch.ops.quantized_decomposed
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention. `masked`: a mask with a bias for distance in the place of `is_causal`."""
+    """One layer's attention.
+
+    `masked`: a mask with a bias for distance in the place of `is_causal`. `ring`: a cache of so many rows, in which
+    position p stands in row p modulo `ring`, and a window of what is left of it beside the longest prefill.
+    """
 
     heads: int
     kv_heads: int
     head_size: int
     scale: float | None = None
     masked: bool = False
+    ring: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,12 @@ class Shape:
 
 # Groups of 1, 2 and 6 query heads; head sizes that are no multiple of a vector; several tiles of keys.
 ATTENTION = Shape(
-    layers=(Attention(4, 2, 16), Attention(6, 1, 24, scale=0.5), Attention(3, 3, 20, masked=True)),
+    layers=(
+        Attention(4, 2, 16),
+        Attention(6, 1, 24, scale=0.5),
+        Attention(3, 3, 20, masked=True),
+        Attention(4, 2, 16, ring=100),
+    ),
     context=160,
     prefill=80,
     quantized=False,
@@ -94,22 +104,33 @@ class Layer(nn.Module):
 
     def __init__(self, shape: Shape, attention: Attention) -> None:
         super().__init__()
-        self.attention, self.context = attention, shape.context
+        self.attention, self.context, self.prefill = attention, shape.context, shape.prefill
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_size
         linear = Int4Linear if shape.quantized else FloatLinear
         self.inward = linear(WIDTH, (heads + 2 * kv_heads) * size)
         self.outward = linear(heads * size, WIDTH)
         for name in ("keys", "values"):
-            self.register_buffer(name, torch.zeros(1, shape.context, kv_heads, size))
+            self.register_buffer(name, torch.zeros(1, attention.ring or shape.context, kv_heads, size))
 
     def forward(self, x: Tensor, start: int) -> Tensor:
         a, count = self.attention, x.shape[1]
         parts = self.inward(x).view(1, count, a.heads + 2 * a.kv_heads, a.head_size)
         query, key, value = parts.split([a.heads, a.kv_heads, a.kv_heads], dim=2)
-        _llama.update_cache(key.contiguous(), self.keys, start)
-        _llama.update_cache(value.contiguous(), self.values, start)
         mask = None
-        if a.masked:
+        for new, cache in ((key.contiguous(), self.keys), (value.contiguous(), self.values)):
+            if a.ring is None:
+                _llama.update_cache(new, cache, start)
+            else:
+                rows = torch.remainder(torch.arange(count) + start, a.ring)
+                _llama.update_cache_with_indices(new, cache, 0, rows[None])
+        if a.ring is not None:
+            last = start + count - 1
+            held = last - torch.remainder(last - torch.arange(a.ring), a.ring)
+            distance = torch.arange(count)[:, None] + start - held[None]
+            seen = (distance >= 0) & (distance <= a.ring - self.prefill) & (held >= 0)
+            mask = torch.where(seen, 0.0, -torch.inf)
+            start = 0
+        elif a.masked:
             distance = torch.arange(count)[:, None] + start - torch.arange(self.context)[None]
             mask = torch.where(distance < 0, -torch.inf, -0.05 * distance.float())
         mixed = _llama.custom_sdpa(query.contiguous(), self.keys, self.values, start, mask, 0.0, mask is None, a.scale)

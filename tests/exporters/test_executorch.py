@@ -16,7 +16,7 @@ from exporters import Bundle, export
 from exporters.executorch.session import ExecutorchDecoder
 from tests.conftest import make_model, tiny_config
 from tests.exporters.conftest import Tiny
-from tests.toolchain.families import WINDOW, make
+from tests.toolchain.families import CONFIGS, WINDOW, make
 from toolchain.activations import ActivationFormat
 from toolchain.activations.plan import ActivationPlan
 from toolchain.checkpoint import Checkpoint
@@ -91,8 +91,9 @@ def check_logits(
         assert per_token.max() < (ROUNDING if exact else TIES), per_token
 
 
-FAMILIES = {"llama": 40, "mistral": WINDOW, "qwen2": WINDOW, "qwen3": WINDOW, "smollm3": 40, "gemma3": WINDOW}
-FAMILIES |= {"phi3": WINDOW, "phi4": 40}
+# With their contexts: where all layers have a window it is the longest text, elsewhere caches of windows go around.
+FAMILIES = {"llama": 40, "mistral": WINDOW, "qwen2": 40, "qwen3": 40, "smollm3": 40, "gemma2": 40, "gemma3": 40}
+FAMILIES |= {"phi3": WINDOW, "phi4": 40, "opt": 40}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,6 +102,26 @@ def test_families(family: str, text_file: Path, tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPE, "test")
     quantize(str(make(tmp_path / "model", family)), checkpoint, recipe=recipe, calibration=str(text_file))
     check_logits(checkpoint, export_to(checkpoint, tmp_path / "bundle", context, 5), context)
+
+
+def test_a_window_and_a_context_hardly_longer(text_file: Path, tmp_path: Path) -> None:
+    """The cache holds the whole context, and still a query does not see all of it."""
+    recipe = parse_recipe(RECIPE, "test")
+    model = make(tmp_path / "model", "gemma3")
+    quantize(str(model), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
+    context = WINDOW + 3
+    check_logits(tmp_path / "checkpoint", export_to(tmp_path / "checkpoint", tmp_path / "bundle", context, 5), context)
+
+
+def test_another_activation(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT's classes know GELU too, as Galactica has it."""
+    config = CONFIGS["opt"]()
+    config.activation_function, config.num_hidden_layers = "gelu", 1
+    monkeypatch.setitem(CONFIGS, "opt-gelu", lambda: config)
+    recipe = parse_recipe(RECIPE, "test")
+    model = make(tmp_path / "model", "opt-gelu")
+    quantize(str(model), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
+    check_logits(tmp_path / "checkpoint", export_to(tmp_path / "checkpoint", tmp_path / "bundle", 30), 30)
 
 
 def test_rotated(text_file: Path, tmp_path: Path) -> None:
