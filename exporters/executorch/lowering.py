@@ -88,5 +88,5 @@ def write_decoder(
         outside=written.outside,
         quantized_linears=len(segments.linears),
         float_linears=tuple(sorted(segments.kept)),
-        weight_bytes=constants.size + decoder.table_bytes,
+        weight_bytes=constants.size + decoder.table_bytes - written.shared,
     )

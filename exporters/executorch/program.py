@@ -20,6 +20,7 @@ from torch.export import export
 
 from exporters.executorch.constants import Constants
 from exporters.executorch.placeholder import PLACEHOLDER
+from exporters.executorch.sharing import share
 
 BACKEND = "XnnpackBackend"
 
@@ -30,9 +31,11 @@ class Written:
 
     Attributes:
         outside: kernels outside of the delegates, by name and overload, with how often they are called.
+        shared: bytes of the delegates' constants that are those of a constant tensor outside, and stand once.
     """
 
     outside: dict[str, int]
+    shared: int
 
 
 class _Traced:
@@ -84,7 +87,7 @@ def write_program(
     )
     with path.open("wb") as stream:
         lowered.write_to_file(stream)
-    return Written(_operators(lowered.executorch_program))
+    return Written(_operators(lowered.executorch_program), share(path))
 
 
 def _insert(module: fx.GraphModule, delegates: Sequence[bytes]) -> None:

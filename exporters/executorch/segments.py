@@ -8,6 +8,7 @@ per linear, since every call of a delegate costs time.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -140,7 +141,10 @@ class Segments:
         x = self._norm(d, self._product(d, x, spec.final_norm, "input"), spec.final_norm)
         source = spec.embedding if spec.tied_embeddings else spec.head
         if self.checkpoint.is_quantized(spec.head):
-            y = self._codes(d, _Input(x), spec.head, self.checkpoint.quantized(spec.head), None)
+            weight = self.checkpoint.quantized(spec.head)
+            if spec.tied_embeddings and weight.bits != 8:
+                x, weight = _swapped(d, x), swapped_columns(weight)
+            y = self._codes(d, _Input(x), spec.head, weight, None)
         else:
             y = d.linear(x, self._parameter(f"{source}.weight"))
         if spec.logit_softcap is not None:
@@ -208,6 +212,21 @@ class Segments:
             where = f"{self.checkpoint.path / 'model.safetensors'}: {name}"
             raise BoaEdgeError("has values that are not finite", where=where, fix="Quantize the model again")
         return values
+
+
+def swapped_columns(table: QuantizedWeight) -> QuantizedWeight:
+    """A table of 4 bits or fewer with the columns of each pair exchanged.
+
+    Its bytes as XNNPACK reads them are those of the table as the lookup reads it, which has the halves of a byte the
+    other way round: so a tied table stands once (`sharing`). Groups are even, so scales stay where they are.
+    """
+    return replace(table, codes=table.codes.unflatten(1, (-1, 2)).flip(2).flatten(1))
+
+
+def _swapped(d: Delegate, x: Value) -> Value:
+    """x [1, 1, hidden] with the values of each pair exchanged, exactly."""
+    pairs = d.reshape(x, (1, 1, x.dims[-1] // 2, 2), tokens=1)
+    return d.reshape(d.linear(pairs, np.asarray([[0, 1], [1, 0]], np.float32)), x.dims, tokens=1)
 
 
 class _Input:

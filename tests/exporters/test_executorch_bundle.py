@@ -19,8 +19,10 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import sha256_file, write_json
 from exporters import Bundle, export, open_decoder
 from exporters.executorch.constants import bfloat16_bits, pack_int4
+from exporters.executorch.decoder import pack_table
 from exporters.executorch.session import ExecutorchDecoder
 from runtime_tests.evaluate import evaluate
+from tests.conftest import make_model, tiny_config
 from tests.exporters.conftest import Tiny
 from tests.exporters.test_executorch import RECIPE, check_logits, modules_of, plan_of
 from tests.toolchain.families import CONFIGS, make
@@ -174,6 +176,32 @@ def test_every_code_and_scale_stands_in_the_program(make_tiny: MakeTiny, tmp_pat
         assert scales.tobytes() in program, module
 
 
+@pytest.mark.parametrize("bits", [8, 4, None])
+def test_a_tied_table_stands_once(bits: int | None, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Lookup and head read the same bytes of the file; `test_formats` is about what they make of them."""
+    tiny = make_tiny(embedding_bits=bits, embedding_group_size=None, num_hidden_layers=1)
+    result = export(tiny.path, "executorch", tmp_path / "bundle")
+    program = (tmp_path / "bundle" / "model.pte").read_bytes()
+    module = tiny.checkpoint.spec.embedding
+    if bits is None:
+        table = tiny.checkpoint.tensor(f"{module}.weight").float().numpy().tobytes()
+    else:
+        codes = tiny.checkpoint.quantized(module).codes
+        table = codes.numpy().tobytes() if bits == 8 else pack_table(codes).numpy().tobytes()
+        assert bits == 8 or pack_int4(codes).tobytes() not in program
+    assert program.count(table) == 1
+    assert result.weight_bytes <= len(program)
+
+
+def test_an_untied_head_is_its_own(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    tiny = make_tiny(embedding_bits=4, embedding_group_size=None, num_hidden_layers=1, tie_word_embeddings=False)
+    export(tiny.path, "executorch", tmp_path / "bundle")
+    program = (tmp_path / "bundle" / "model.pte").read_bytes()
+    spec = tiny.checkpoint.spec
+    assert pack_table(tiny.checkpoint.quantized(spec.embedding).codes).numpy().tobytes() in program
+    assert pack_int4(tiny.checkpoint.quantized(spec.head).codes).tobytes() in program
+
+
 def test_same_bytes_each_time(make_tiny: MakeTiny, tmp_path: Path) -> None:
     tiny = make_tiny(embedding_group_size=None, num_hidden_layers=1)
     for name in ("one", "two"):
@@ -253,12 +281,15 @@ def ascii_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(params=["llama", "gemma2", "gemma3", "opt"])
 def readable(request: pytest.FixtureRequest, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle with a tokenizer whose every token is text: of plain attention, with a cap on the scores, with a cache
-    that goes around, with learned positions. A random model whose head is its table would say one token for ever.
+    that goes around, with learned positions. The last three would say one token for ever if their head was their table.
     """
-    config = CONFIGS[request.param]()
-    config.tie_word_embeddings = False
-    monkeypatch.setitem(CONFIGS, request.param, lambda: config)
-    model = make(tmp_path / "model", request.param)
+    if request.param == "llama":
+        model = make_model(tmp_path / "model", tiny_config())
+    else:
+        config = CONFIGS[request.param]()
+        config.tie_word_embeddings = False
+        monkeypatch.setitem(CONFIGS, request.param, lambda: config)
+        model = make(tmp_path / "model", request.param)
     assert len(ascii_tokenizer(model)) == 264
     recipe = parse_recipe(RECIPE, "test")
     quantize(str(model), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
