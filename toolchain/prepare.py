@@ -20,9 +20,10 @@ from toolchain.cache_search import CacheCalibration, HeadSamples, search_key_smo
 from toolchain.families import LayerNames
 from toolchain.grids import GridFormat
 from toolchain.loading import SourceModel
-from toolchain.outliers import Outliers, observe
+from toolchain.outliers import PLACES, Outliers, measure_outliers, observe
 from toolchain.recipe import CacheChoice, Recipe
 from toolchain.rotation_learning import Learning, learn_rotations
+from toolchain.statistics.covariance import Covariance
 from toolchain.transforms import (
     Pair,
     Smooth,
@@ -90,12 +91,13 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
     rows = sequences[:_SEQUENCES]
     expected = _answers(source, rows)
     before: list[Outliers] = []
+    after: list[Outliers] = []
     if recipe.transforms[:1] != (SMOOTH,):  # which looks for itself
         before = distributed.from_main(lambda: observe(source, rows, _ignore, "looking at activations"))
     transforms: list[Transform] = []
     notes: list[str] = []
     for name in recipe.transforms:
-        step, told, seen = _step(source, recipe, name, rows)
+        step, told, seen, after = _step(source, recipe, name, rows)
         before = before or seen
         source, left_out = apply(source, step)
         transforms += step
@@ -110,8 +112,7 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
             raise BoaEdgeError(problem, where="transforms", fix="Leave the transform out, and report this")
     plan = _plan(source, recipe)
     look = _Look(plan, recipe.kv_cache)
-    after = before
-    if recipe.transforms or look.wanted:
+    if look.wanted or (recipe.transforms and not after):
         after, look = distributed.from_main(lambda: look.run(source, rows))
     plan = plan and replace(plan, ranges=look.ranges)
     cache = look.cache
@@ -122,25 +123,27 @@ def prepare(source: SourceModel, recipe: Recipe, sequences: Tensor) -> Prepared:
         None if cache is None else cache.plan(),
         None if cache is None else cache.to_document(),
         before,
-        after,
+        after or before,
         notes,
     )
 
 
 def _step(
     source: SourceModel, recipe: Recipe, name: str, rows: Tensor
-) -> tuple[list[Transform], list[str], list[Outliers]]:
-    """What a name stands for on this model, what there is to say about it, and the outliers where they were seen."""
+) -> tuple[list[Transform], list[str], list[Outliers], list[Outliers]]:
+    """What a name stands for on this model, what there is to say about it, and the outliers before it and after it
+    where they were seen.
+    """
     if name == SMOOTH:
-        smooth, found = distributed.from_main(lambda: _smoothing(source, recipe, rows))
-        return [smooth], [], found
+        smooth, found, left = distributed.from_main(lambda: _smoothing(source, recipe, rows))
+        return [smooth], [], found, left
     if name != LEARNED_ROTATION:
-        return ROTATIONS[name](recipe.seed), [], []
+        return ROTATIONS[name](recipe.seed), [], [], []
     plan, how = _plan(source, recipe), Learning(**recipe.learning.model_dump())
     assert plan is not None
     learned = distributed.from_main(lambda: learn_rotations(source, plan, rows, how, recipe.seed))
     told = f"{name}: KL on the text learned from {learned.before:.3g} -> {learned.after:.3g}"
-    return learned.transforms, [told], []
+    return learned.transforms, [told], [], []
 
 
 def _answers(source: SourceModel, rows: Tensor) -> Tensor:
@@ -172,8 +175,10 @@ def _turns(source: SourceModel) -> list[Callable[[Tensor], Tensor]]:
     return turns
 
 
-def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smooth, list[Outliers]]:
-    """Scales of every pair that folds away, each of the strength that its own errors ask for; and what was seen."""
+def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smooth, list[Outliers], list[Outliers]]:
+    """Scales of every pair that folds away, each of the strength that its own errors ask for; and the outliers as they
+    are and as these scales leave them.
+    """
     spec, fmt = source.spec, recipe.grid_format
     chosen = recipe.activations
     scheme = FLOAT if chosen is None else ActivationFormat(chosen.scheme)
@@ -184,10 +189,12 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
         return simulate(narrow, scheme, group_size=fmt.group_size, static_range=limits).to(x.dtype)
 
     scales: dict[tuple[int, Pair], Tensor] = {}
+    left: list[Outliers] = []
     cache, samples, turns = recipe.kv_cache, HeadSamples(), _turns(source)
 
     def visit(index: int, names: LayerNames, runner: BlockRunner, inputs: Mapping[str, Tensor]) -> None:
         weights = {role: runner.original(role) for role in runner.parts}
+        scaled = dict(inputs)
         for pair, (place, readers, writer) in _PAIRS.items():
             if refusal(spec, pair) is not None:
                 continue
@@ -195,8 +202,10 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
             shared = value_sharing(spec) if pair == "v_o" else None
             scale = _search(weight, inputs[place], fmt, quantized, shared, recipe.options is not None)
             scales[index, pair] = scale.view(scale_shape(spec, index, pair))
+            scaled[place] = inputs[place] / (scale if shared is None else scale[shared]).to(inputs[place])
             if writer is not None:
                 weights[writer] = weights[writer] / scale.to(weights[writer])[:, None]
+        left.extend(measure_outliers(index, PLACES[role], x) for role, x in scaled.items())
         if cache is not None:
             query, key, _ = samples.take()
             spread = torch.linspace(0, key.shape[1] - 1, min(_SAMPLES, key.shape[1])).round().to(torch.int64)
@@ -211,7 +220,7 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
 
     title = "searching for smoothing scales"
     found = observe(source, rows, visit, title, None if cache is None else samples.add)
-    return Smooth(scales), found
+    return Smooth(scales), found, [*left, found[-1]]
 
 
 def _search(
@@ -223,7 +232,9 @@ def _search(
     solved: bool,
 ) -> Tensor:
     spread = torch.linspace(0, len(x) - 1, min(_SAMPLES, len(x))).round().to(torch.int64)
-    hessian = x.mT @ x * (2 / len(x))
+    covariance = Covariance(x.shape[1], x)
+    covariance.add(x)
+    hessian = covariance.hessian()
     costs = solved_costs(hessian) if solved else hessian
     found = search_smoothing(
         weight, costs, x.abs().amax(0), x[spread], fmt, quantized, shared=shared, rows=_ROWS, dtype=torch.float32

@@ -10,7 +10,7 @@ stream as it is: |e|^2, no direction known to be worse than another. A tied tabl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from toolchain.quantized import QuantizedWeight
 from toolchain.recipe import Recipe
 from toolchain.solve import Settings, solve_matrix
 from toolchain.solvers import rtn
+from toolchain.statistics.attention import Stop
 from toolchain.statistics.covariance import Covariance
 
 SHARE = 0.3
 """What of the identity a tied table's Hessian holds; of 0.03, 0.3 and 3 the best on SmolLM2-135M (docs/log.md)."""
 _ROWS = 8192  # at a time
 _TOKENS_PER_CHANNEL = 8  # of calibration text, for the head's inputs
-_FEWEST_SEQUENCES = 16
 
 
 def quantize_tables(source: SourceModel, recipe: Recipe, sequences: Tensor | None) -> dict[str, QuantizedWeight]:
@@ -50,13 +50,19 @@ def quantize_tables(source: SourceModel, recipe: Recipe, sequences: Tensor | Non
 def head_inputs(source: SourceModel, sequences: Tensor) -> Tensor:
     """2 E[x x^T] [d, d] of what the head takes in, in the original model, over as much of the text as it takes."""
     width, length = source.spec.hidden_size, sequences.shape[1]
-    count = max(_FEWEST_SEQUENCES, -(-_TOKENS_PER_CHANNEL * width // length))
+    count = -(-_TOKENS_PER_CHANNEL * width // length)
     covariance = Covariance(width, torch.empty(0, dtype=torch.float32))
     head = source.model.get_submodule(source.spec.head)
-    hook = head.register_forward_pre_hook(lambda _, arguments: covariance.add(arguments[0].to(torch.float32)))
+
+    def take(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        covariance.add(arguments[0].to(torch.float32))
+        raise Stop  # what the head makes of it is nobody's concern
+
+    hook = head.register_forward_pre_hook(take)
     try:
         for row in track(list(sequences[:count]), "looking at the head's inputs"):
-            source.model(row[None], use_cache=False)
+            with suppress(Stop):
+                source.model(row[None], use_cache=False)
     finally:
         hook.remove()
     return covariance.hessian()

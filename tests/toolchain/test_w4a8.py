@@ -23,7 +23,8 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.guard import guard
 from toolchain.loading import load_source
-from toolchain.outliers import measure_outliers
+from toolchain.outliers import measure_outliers, observe
+from toolchain.prepare import prepare
 from toolchain.quantize import quantize
 from toolchain.recipe import load_recipe, parse_recipe
 from toolchain.run import quantize_model
@@ -76,6 +77,24 @@ RECIPES: dict[str, dict[str, object]] = {
     "static": {"transforms": ["smooth"], "activations": {"scheme": "static_uint8", "budget": None}},
     "weights": {"transforms": ["rotate", "smooth"]},
 }
+
+
+def test_the_outliers_that_smoothing_leaves_are_those_of_the_smoothed_model(tiny_model: Path, tmp_path: Path) -> None:
+    """They are told while its scales are searched for, not by a second look."""
+    source = load_source(str(plant(tiny_model, tmp_path / "planted", (3, 17), 64.0)))
+    recipe = parse_recipe(
+        {"method": "gptq", "weights": {"bits": 4, "group_size": 32}, "transforms": ["smooth"], "activations": {}},
+        "test",
+    )
+    sequences = torch.randint(0, source.spec.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
+    told = prepare(source, recipe, sequences)
+    seen = observe(told.source, sequences, lambda *_: None, "looking")
+    assert [(each.layer, each.place) for each in told.after] == [(each.layer, each.place) for each in seen]
+    for found, expected in zip(told.after, seen, strict=True):
+        assert found.maximum == pytest.approx(expected.maximum, rel=1e-4)
+        assert found.kurtosis == pytest.approx(expected.kurtosis, rel=1e-3)
+    pairs = list(zip(told.before, told.after, strict=True))
+    assert all(after.maximum < 0.5 * before.maximum for before, after in pairs if before.place in ("attention", "mlp"))
 
 
 @pytest.mark.parametrize("name", RECIPES)

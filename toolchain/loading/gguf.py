@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +18,7 @@ from boa_edge.files import sha256_file
 from toolchain.families import FAMILIES, describe
 from toolchain.loading.source import SourceModel
 
+_DAMAGED = (ValueError, IndexError, OverflowError, struct.error, UnicodeDecodeError, KeyError, OSError)
 # Sizes of heads that are not read from the file (Qwen3), or on which a scale depends that is not in it (Gemma).
 _ASSUMED_HEADS = {"qwen3": 128, "gemma2": 256, "gemma3": 256}
 
@@ -25,7 +29,8 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
     Raises:
         BoaEdgeError: the file is damaged, of a family that nobody serves, or says what `transformers` does not read.
     """
-    metadata = _metadata(path)
+    reader = _open(path)
+    metadata = _metadata(reader, path)
     architecture = metadata.get("general.architecture")
     accepted = sorted(name for family in FAMILIES for name in family.gguf_architectures)
     if architecture not in accepted:
@@ -33,10 +38,11 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
         raise BoaEdgeError(problem, where=path, fix=f"Accepted: {', '.join(accepted)}")
     _check_understood(metadata, path)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with _read_once(reader, path):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BoaEdgeError(f"cannot be read ({reason})", where=path) from None
@@ -62,13 +68,33 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
     )
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """Scalar metadata of the file, and under `rope_tensors` the names of tensors that hold RoPE factors.
-
-    Reading it also proves that every tensor lies inside the file.
-    """
+def _open(path: Path) -> GGUFReader:
+    """Opening it also proves that every tensor lies inside the file."""
     try:
-        reader = GGUFReader(path)
+        return GGUFReader(path)
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+@contextmanager
+def _read_once(reader: GGUFReader, path: Path) -> Iterator[None]:
+    """Inside, `transformers` uses this reader of the file. It opens one for the configuration, one for the weights and
+    one for the tokenizer, each of which takes seconds for a large vocabulary.
+    """
+
+    def open_file(file: Any, *others: Any) -> GGUFReader:
+        return reader if Path(file).resolve() == path.resolve() else GGUFReader(file, *others)
+
+    gguf.GGUFReader = open_file
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = GGUFReader
+
+
+def _metadata(reader: GGUFReader, path: Path) -> dict[str, Any]:
+    """Scalar metadata of the file, and under `rope_tensors` the names of tensors that hold RoPE factors."""
+    try:
         fields = reader.fields.items()
         wanted = (
             "general.architecture",
@@ -79,9 +105,13 @@ def _metadata(path: Path) -> dict[str, Any]:
         )
         metadata = {key: field.contents() for key, field in fields if key.endswith(wanted)}
         return metadata | {"rope_tensors": [t.name for t in reader.tensors if t.name.startswith("rope_f")]}
-    except (ValueError, IndexError, OverflowError, struct.error, UnicodeDecodeError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BoaEdgeError(f"is truncated or no GGUF file ({reason})", where=path, fix="Download it again") from None
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> BoaEdgeError:
+    reason = " ".join(str(error).split())[:200]
+    return BoaEdgeError(f"is truncated or no GGUF file ({reason})", where=path, fix="Download it again")
 
 
 def _check_understood(metadata: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _LADDER = (1.0, 10.0, 100.0)
+_SMALLEST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,56 @@ def inverse_factor(hessian: Tensor, damping: float, *, ordered: bool = False) ->
     Raises:
         ArithmeticError: not positive definite even at a hundred times the damping.
     """
+    lower, used, order = _from_the_end(hessian, damping, ordered)
+    upper = lower_inverse(lower).flip(1, 2)
+    return InverseFactor(upper.to(hessian.dtype), used, order)
+
+
+def remaining_costs(hessian: Tensor, damping: float) -> Tensor:
+    """1 / U_jj^2 of the factor in activation order, [n, d] in the variables' own order: what a squared error of each
+    costs once those after it have made up for it.
+
+    Args, Raises: as `inverse_factor`.
+    """
+    lower, used, order = _from_the_end(hessian, damping, ordered=True)
+    costs = lower.diagonal(dim1=1, dim2=2).flip(1).square().to(hessian.dtype)
+    return InverseFactor(costs, used, order).put_back(costs[:, None], 2)[:, 0]
+
+
+def lower_inverse(lower: Tensor) -> Tensor:
+    """The inverse of lower triangular matrices [n, d, d], by halves: matrix products do nearly all of it."""
+    size = lower.shape[-1]
+    if size <= _SMALLEST_BLOCK:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(lower)
+    first = inverse[:, :half, :half] = lower_inverse(lower[:, :half, :half])
+    last = inverse[:, half:, half:] = lower_inverse(lower[:, half:, half:])
+    inverse[:, half:, :half] = -(last @ lower[:, half:, :half] @ first)
+    return inverse
+
+
+def _from_the_end(hessian: Tensor, damping: float, ordered: bool) -> tuple[Tensor, float, Tensor | None]:
+    """Lower triangular L [n, d, d] in float64 with L L^T the damped Hessian, its variables taken from the last to the
+    first: H = J L L^T J with the reversal J, so that U = J L^-1 J. With it, the damping used and the order.
+    """
     order = None
     H = hessian.to(torch.float64)
     if ordered:
         order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         H = H.gather(1, order[:, :, None].expand_as(H)).gather(2, order[:, None, :].expand_as(H))
+    H = H.flip(1, 2)
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     dead = torch.where(diagonal <= 0, mean, torch.zeros_like(mean))
-    upper = torch.empty_like(H)
+    lower = torch.empty_like(H)
     left = torch.arange(H.shape[0], device=H.device)  # matrices that no step has mended yet
     for step in _LADDER:
         shift = dead[left] + damping * step * mean[left]
-        lower, failed = torch.linalg.cholesky_ex(H[left] + torch.diag_embed(shift))
-        inverse = torch.cholesky_inverse(lower)
-        # The inverse of a positive definite matrix is one too, up to the rounding that made it unsymmetric.
-        upper[left], failed_again = torch.linalg.cholesky_ex((inverse + inverse.mT) / 2, upper=True)
-        left = left[(failed > 0) | (failed_again > 0)]
+        lower[left], failed = torch.linalg.cholesky_ex(H[left] + torch.diag_embed(shift))
+        left = left[failed > 0]
         if left.numel() == 0:
-            return InverseFactor(upper.to(hessian.dtype), damping * step, order)
+            return lower, damping * step, order
     raise ArithmeticError(f"a Hessian is not positive definite even with damping {damping * _LADDER[-1]}")

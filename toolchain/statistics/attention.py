@@ -88,11 +88,39 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
         key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
-        result = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
+        result = _scaled_dot_product(query, key, value, attention_mask, scale)
     else:
         weights = attention_weights(query, key, attention_mask, scale, softcap)
         result = weights @ value.repeat_interleave(groups, 1)
     return result.transpose(1, 2), None
+
+
+def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of as many heads of queries as of keys; what the mask hides from a whole block of queries is left out,
+    which PyTorch's kernel for CPUs does not do (1.5 times the time at 512 tokens).
+    """
+    length = query.shape[2]
+    if mask is None or length <= _BLOCK or not _looks_back(mask, length):
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    parts = [
+        nn.functional.scaled_dot_product_attention(
+            query[:, :, start:stop],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            attn_mask=mask[:, :, start:stop, :stop],
+            scale=scale,
+        )
+        for start, stop in ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
+    ]
+    return torch.cat(parts, 2)
+
+
+def _looks_back(mask: Tensor, length: int) -> bool:
+    """Whether a mask [.., .., L, L] that is added to scores hides from every token all that come after it."""
+    if mask.dtype == torch.bool or mask.shape[2:] != (length, length):
+        return False
+    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    return bool((mask <= torch.finfo(mask.dtype).min).logical_or_(~later).all())
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
-from toolchain.solvers.linear_algebra import inverse_factor
+from toolchain.solvers.linear_algebra import remaining_costs
 
 STRENGTHS = tuple(step / 10 for step in range(11))
 _SMALLEST_MAXIMUM = 1e-5  # as in SmoothQuant's code
@@ -125,8 +125,7 @@ def solved_costs(hessian: Tensor, damping: float = 0.01) -> Tensor:
     Raises:
         ArithmeticError: not positive definite, whatever the damping.
     """
-    factor = inverse_factor(hessian[None], damping, ordered=True)
-    return factor.put_back(factor.upper.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None], 2)[0, 0]
+    return remaining_costs(hessian[None], damping)[0]
 
 
 def smoothing_scales(
