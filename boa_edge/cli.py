@@ -153,7 +153,7 @@ def measure(
     repeats: Annotated[int | None, typer.Option(min=1, help="Counted runs.")] = None,
     new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to compare with PyTorch's (32).")] = None,
     score_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to score for the accuracy figures.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="executorch: also time every operator, once.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also time every operator, once.")] = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Run a bundle on a device: report.json, report.html and report.md."""

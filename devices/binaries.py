@@ -47,7 +47,6 @@ class Runner:
         sources: its files in devices/runner; every header there counts as its source too.
         wheel: where the runtime's libraries come from.
         flags: what it is compiled and linked with, given the directory of those libraries.
-        profiles: whether it takes `--profile`.
     """
 
     runtime: str
@@ -55,7 +54,6 @@ class Runner:
     sources: tuple[str, ...]
     wheel: Wheel
     flags: Callable[[Path], tuple[str, ...]]
-    profiles: bool = False
 
 
 RUNNERS = {
@@ -68,7 +66,6 @@ RUNNERS = {
         ("executorch_runner.cpp", "llama_kernels.cpp"),
         executorch_library.WHEEL,
         executorch_library.flags,
-        profiles=True,
     ),
 }
 

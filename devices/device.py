@@ -300,10 +300,7 @@ def _profiled(request: GenerateRequest | ScoreRequest) -> bool:
 
 
 def check_request(program: Program, request: GenerateRequest | ScoreRequest) -> None:
-    """UsageError where the request is empty, negative, or more than the model takes or its runner does."""
-    if _profiled(request) and not binaries.runner_for(program.runtime).profiles:
-        able = ", ".join(name for name, runner in binaries.RUNNERS.items() if runner.profiles)
-        raise UsageError(f"operators can be profiled with {able} only; this bundle is for {program.runtime}")
+    """UsageError where the request is empty, negative, or more than the model takes."""
     if isinstance(request, ScoreRequest):
         tokens, what, positions = request.tokens, "tokens", len(request.tokens)
         counts = {"threads": (request.threads, 1)}

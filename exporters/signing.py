@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -155,27 +156,27 @@ def _check_signature(where: Path, content: bytes) -> bytes:
 
 
 def _private_key(path: Path) -> Ed25519PrivateKey:
-    content = _read_key(path)
-    try:
-        key = load_pem_private_key(content, password=None)
-    except TypeError:
-        raise BoaEdgeError("the key is encrypted", where=path, fix="Decrypt it for this command") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise BoaEdgeError("is no private key in PEM", where=path, fix=_MAKE_KEY) from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise BoaEdgeError("is no Ed25519 key", where=path, fix=_MAKE_KEY)
-    return key
+    key = _key(path, lambda content: load_pem_private_key(content, password=None), "private", _MAKE_KEY)
+    return key if isinstance(key, Ed25519PrivateKey) else _refuse_kind(path)
 
 
 def _public_key(path: Path) -> Ed25519PublicKey:
-    content = _read_key(path)
+    key = _key(path, load_pem_public_key, "public", _PUBLIC)
+    return key if isinstance(key, Ed25519PublicKey) else _refuse_kind(path)
+
+
+def _refuse_kind(path: Path) -> NoReturn:
+    raise BoaEdgeError("is no Ed25519 key", where=path, fix=_MAKE_KEY)
+
+
+def _key(path: Path, load: Callable[[bytes], object], half: str, fix: str) -> object:
+    """The key of a PEM file, of whatever kind."""
     try:
-        key = load_pem_public_key(content)
+        return load(_read_key(path))
+    except TypeError:
+        raise BoaEdgeError("the key is encrypted", where=path, fix="Decrypt it for this command") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise BoaEdgeError("is no public key in PEM", where=path, fix=_PUBLIC) from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise BoaEdgeError("is no Ed25519 key", where=path, fix=_PUBLIC)
-    return key
+        raise BoaEdgeError(f"is no {half} key in PEM", where=path, fix=fix) from None
 
 
 def _read_key(path: Path) -> bytes:

@@ -27,7 +27,7 @@ from runtime_tests.labels import visible
 from runtime_tests.metrics import Logits
 from runtime_tests.model import DeviceFacts, OperatorProfile, Report, Settings, Tool
 from runtime_tests.origin import quantization
-from runtime_tests.profiling import PROFILE, read_profile
+from runtime_tests.profiling import profile_name, read_profile
 from runtime_tests.reading import REPORT
 from runtime_tests.report import render, to_markdown
 from runtime_tests.reproduce import commands
@@ -100,7 +100,8 @@ def measure_together(
         for index, one in enumerate(facts):
             place = directory / places[index] if index else directory
             place.mkdir(exist_ok=True)
-            reports.append(_measure(one, settings[index], opened, place / PROFILE if profile else None))
+            record = place / profile_name(one.deployed.runtime) if profile else None
+            reports.append(_measure(one, settings[index], opened, record))
         if len(reports) > 1:
             links = [None, *(f"{place}/report.html" for place in places[1:])]
             variants = tuple(map(variant, reports, names, links))
@@ -164,7 +165,7 @@ class _Session:
             raise BoaEdgeError("the device gave no operator profile", where=self._device.name)
         with disk_errors(path):
             path.write_bytes(result.profile)
-        return read_profile(path, result.execution)
+        return read_profile(path, self._facts.deployed.runtime, result.execution)
 
     def _workload(self, warmup: int, repeats: int, threads: int, *, profile: bool = False) -> GenerateRequest:
         settings = self._settings
@@ -244,7 +245,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         quantization=quantization(facts.provenance, facts.deployed.recipe),
         profile=operators,
         estimates=estimates(facts.deployed, facts.config),
-        reproduce=commands(facts.deployed, facts.provenance, settings, device.name),
+        reproduce=commands(facts.deployed, facts.provenance, settings, device.name, profiled=operators is not None),
         notes=(
             *notes(greedy, fidelity, facts.deployed),
             *throttling_notes(session.results, generation, execution),

@@ -8,7 +8,9 @@ from runtime_tests.model import Deployed, Settings
 from runtime_tests.provenance import Provenance
 
 
-def commands(deployed: Deployed, provenance: Provenance, settings: Settings, device: str) -> tuple[str, ...]:
+def commands(
+    deployed: Deployed, provenance: Provenance, settings: Settings, device: str, *, profiled: bool
+) -> tuple[str, ...]:
     """Shell lines: quantize, export, measure. Paths to choose stand in capitals, and what was not recorded."""
     quantize = ["boa-edge", "quantize", provenance.source.model or "MODEL"]
     quantize += ["--recipe", "BUNDLE/reference/recipe.yaml"]
@@ -21,8 +23,20 @@ def commands(deployed: Deployed, provenance: Provenance, settings: Settings, dev
     measure += ["--workload", settings.workload, "--new-tokens", str(settings.greedy)]
     for name in ("warmup", "repeats", "score_tokens"):
         measure += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    if profiled:
+        measure.append("--profile")
     return (
         shlex.join([*quantize, "-o", "CHECKPOINT"]),
-        shlex.join(["boa-edge", "export", "CHECKPOINT", "--runtime", deployed.runtime, "-o", "BUNDLE"]),
+        shlex.join([*_export(deployed), "-o", "BUNDLE"]),
         shlex.join([*measure, "-o", "REPORT"]),
     )
+
+
+def _export(deployed: Deployed) -> list[str]:
+    config = deployed.runtime_config
+    export = ["boa-edge", "export", "CHECKPOINT", "--runtime", deployed.runtime, "--activations", deployed.activations]
+    if config.get("form"):
+        export += ["--form", str(config["form"])]
+    if config.get("prefill_length"):  # (of programs whose lengths are chosen)
+        export += ["--context", str(config["context_length"]), "--prefill", str(config["prefill_length"])]
+    return export

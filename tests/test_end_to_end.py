@@ -32,7 +32,7 @@ def test_a_tiny_model_from_directory_to_an_emulated_arm64_report(
     )
     quantize(str(tiny_model), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
     export(tmp_path / "ckpt", "onnx", tmp_path / "bundle", activations="float32")
-    report = measure(tmp_path / "bundle", "arm64", tmp_path / "report", new_tokens=8, score_tokens=32)
+    report = measure(tmp_path / "bundle", "arm64", tmp_path / "report", new_tokens=8, score_tokens=32, profile=True)
     summary = report.summary()
     assert summary["execution"] == "emulated"
     # With float32 activations the emulated device computes what PyTorch computes from the same codes.
@@ -40,6 +40,12 @@ def test_a_tiny_model_from_directory_to_an_emulated_arm64_report(
     assert summary["top1_with_quantized"]["value"] == 1.0
     assert summary["greedy_matching"] == {"matching": 8, "compared": 8}
     page = (tmp_path / "report" / "report.html").read_text()
+    assert report.profile is not None
+    assert {"MatMulNBits", "Add"} <= {entry.name for entry in report.profile.operators}
+    assert (tmp_path / "report" / report.profile.file).is_file()
+    assert 'href="profile.json"' in page
+    assert "--activations float32 --form qdq" in report.reproduce[1]
+    assert report.reproduce[2].endswith("--profile -o REPORT")
     assert "latency" not in page.lower().replace("never called latency", "")
     assert json.loads((tmp_path / "report" / "report.json").read_text())["schema_version"] == 1
 

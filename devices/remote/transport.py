@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ class Connection(RemoteShell, Protocol):
         ...
 
 
-class RemoteTransport:
+class RemoteTransport(ABC):
     """What adb and ssh devices share. A subclass finds the device.
 
     Nothing is asked of the device before it is needed; what is learned of it is kept until the connection breaks.
@@ -57,12 +58,13 @@ class RemoteTransport:
         self._emulated = profile.emulated
         self._fingerprint: dict[str, Any] | None = None
 
+    @abstractmethod
     def _connect(self) -> Connection:
         """Find the device. BoaEdgeError says what the user has to do where it cannot be used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def missing(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """What is missing on this machine to reach any such device."""
 
     def _reachable(self) -> str | None:
         """As `problem`, before a connection is tried."""

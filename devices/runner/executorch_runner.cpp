@@ -270,14 +270,7 @@ void run(int argc, char** argv) {
     const char* attention = boa::attention_kernel();
     if (attention == nullptr) throw std::runtime_error("the attention kernels could not be registered: " + boa::said());
     set_threads(arguments.threads);
-    Event("start")
-        .add("schema", 1)
-        .add("runtime", "executorch")
-        .add("runtime_version", BOA_EDGE_RUNTIME_VERSION)
-        .add("mode", arguments.mode)
-        .add("threads", arguments.threads)
-        .add("cores", boa::allowed_cores())
-        .add("tokens", static_cast<std::int64_t>(tokens.size()))
+    boa::start_event("executorch", BOA_EDGE_RUNTIME_VERSION, arguments, tokens.size())
         .add("attention", std::string("boa-edge ") + attention)
         .send();
 

@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -109,6 +110,7 @@ class Decoder {
         for (const auto& [key, value] : arguments.config) {
             check(api->add_session_config(options, key.c_str(), value.c_str()), "--config " + key);
         }
+        if (!arguments.profile.empty()) check(api->enable_profiling(options, arguments.profile.c_str()), "--profile");
         ort::Session* session = nullptr;
         check(api->create_session(env, arguments.model.c_str(), options, &session), arguments.model);
         session_.reset(session);
@@ -121,6 +123,17 @@ class Decoder {
 
     // Size of the vocabulary as the graph states it; 0 where it is symbolic.
     std::int64_t vocabulary() const { return vocabulary_; }
+
+    // Ends the recording and leaves it at `path`; the library adds the date to the name that it was given.
+    void write_profile(const std::string& path) {
+        char* name = nullptr;
+        check(api->end_profiling(session_.get(), allocator_, &name), "--profile");
+        const std::string written = name;
+        check(api->allocator_free(allocator_, name), "free");
+        if (std::rename(written.c_str(), path.c_str()) != 0) {
+            throw std::runtime_error(path + ": the profile cannot be written (disk full?)");
+        }
+    }
 
     // Forget the sequence.
     void reset() {
@@ -293,25 +306,18 @@ const char* open_library() {
 }
 
 void run(int argc, char** argv) {
-    const Arguments arguments = boa::parse_arguments(argc, argv, {"qdq", "fused"});
+    const Arguments arguments = boa::parse_arguments(argc, argv, {"qdq", "fused"}, {"--profile"});
     boa::stay_on(arguments.cores);
     const std::vector<std::int64_t> tokens = boa::read_tokens(arguments.tokens);
     const char* version = open_library();
-    Event("start")
-        .add("schema", 1)
-        .add("runtime", "onnx")
-        .add("runtime_version", version)
-        .add("mode", arguments.mode)
-        .add("threads", arguments.threads)
-        .add("cores", boa::allowed_cores())
-        .add("tokens", static_cast<std::int64_t>(tokens.size()))
-        .send();
+    boa::start_event("onnx", version, arguments, tokens.size()).send();
 
     const std::int64_t start = now_ns();
     const auto longest = static_cast<std::int64_t>(tokens.size()) + arguments.new_tokens;
     Decoder decoder(arguments, longest);
     Event("load").add("ns", now_ns() - start).send();
     boa::work(decoder, arguments, tokens);
+    if (!arguments.profile.empty()) decoder.write_profile(arguments.profile);
     boa::send_memory();
 }
 

@@ -44,7 +44,9 @@ struct Api {
                    std::size_t input_count, const char* const* output_names, std::size_t output_count,
                    Value** outputs);                                                                    // 9
     Status* (*create_session_options)(SessionOptions** out);                                            // 10
-    Slot slots_11[12];
+    Slot slots_11[3];
+    Status* (*enable_profiling)(SessionOptions*, const char* prefix);                                   // 14
+    Slot slots_15[8];
     Status* (*set_optimization_level)(SessionOptions*, int level);                                      // 23
     Status* (*set_intra_op_threads)(SessionOptions*, int threads);                                      // 24
     Status* (*set_inter_op_threads)(SessionOptions*, int threads);                                      // 25
@@ -87,7 +89,9 @@ struct Api {
     void (*release_type_info)(TypeInfo*);                                                               // 98
     void (*release_tensor_info)(TensorInfo*);                                                           // 99
     void (*release_session_options)(SessionOptions*);                                                   // 100
-    Slot slots_101[29];
+    Slot slots_101[9];
+    Status* (*end_profiling)(Session*, Allocator*, char** out);                                         // 110
+    Slot slots_111[19];
     Status* (*add_session_config)(SessionOptions*, const char* key, const char* value);                 // 130
 };
 
@@ -106,6 +110,7 @@ BOA_EDGE_AT_SLOT(disable_telemetry, 6);
 BOA_EDGE_AT_SLOT(create_session, 7);
 BOA_EDGE_AT_SLOT(run, 9);
 BOA_EDGE_AT_SLOT(create_session_options, 10);
+BOA_EDGE_AT_SLOT(enable_profiling, 14);
 BOA_EDGE_AT_SLOT(set_optimization_level, 23);
 BOA_EDGE_AT_SLOT(set_intra_op_threads, 24);
 BOA_EDGE_AT_SLOT(set_inter_op_threads, 25);
@@ -134,6 +139,7 @@ BOA_EDGE_AT_SLOT(release_value, 96);
 BOA_EDGE_AT_SLOT(release_type_info, 98);
 BOA_EDGE_AT_SLOT(release_tensor_info, 99);
 BOA_EDGE_AT_SLOT(release_session_options, 100);
+BOA_EDGE_AT_SLOT(end_profiling, 110);
 BOA_EDGE_AT_SLOT(add_session_config, 130);
 #undef BOA_EDGE_AT_SLOT
 

@@ -19,6 +19,19 @@
 
 namespace boa {
 
+// The first event of every run; a runner adds what only it has to say, and sends it.
+inline Event start_event(const char* runtime, const char* version, const Arguments& arguments, std::size_t tokens) {
+    Event event("start");
+    event.add("schema", 1)
+        .add("runtime", runtime)
+        .add("runtime_version", version)
+        .add("mode", arguments.mode)
+        .add("threads", arguments.threads)
+        .add("cores", allowed_cores())
+        .add("tokens", static_cast<std::int64_t>(tokens));
+    return event;
+}
+
 // Index of the largest logit, the lowest one on ties.
 inline std::int64_t argmax(const float* logits, std::int64_t count) {
     std::int64_t best = 0;

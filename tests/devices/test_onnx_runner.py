@@ -21,6 +21,7 @@ from tiny_decoder import CONTEXT, HEAD, KV_HEADS, LAYERS, VOCABULARY, build_mode
 from boa_edge.errors import BoaEdgeError, UsageError
 from devices import GenerateRequest, ScoreRequest, open_device
 from devices.binaries import RUNNERS, files_for
+from runtime_tests.profiling import read_profile
 
 EMULATED = [pytest.param(name, marks=pytest.mark.emulated) for name in ("arm64", "arm64-a53")]
 DEVICES = ["host", *EMULATED]
@@ -271,3 +272,44 @@ def test_a_run_stays_on_the_cores_that_it_is_given(tiny_bundle: Path) -> None:
         here.run(tiny_bundle, replace(request, cores=(1000,)))
     with pytest.raises(UsageError, match="core 5000"):
         here.run(tiny_bundle, replace(request, cores=(5000,)))
+
+
+@pytest.mark.parametrize("name", ["host", EMULATED[0]])
+def test_a_profile_counts_every_call(tiny_bundle: Path, tmp_path: Path, name: str) -> None:
+    """One prompt and four tokens after it: every operator of the graph five times, none slower than all together."""
+    result = open_device(name).run(tiny_bundle, GenerateRequest(PROMPT, 5, profile=True))
+    assert result.profile is not None
+    path = tmp_path / "p.json"
+    path.write_bytes(result.profile)
+    profile = read_profile(path, "onnx", result.execution)
+    calls = {entry.name: entry.calls for entry in profile.operators}
+    assert calls
+    assert all(count % 5 == 0 for count in calls.values())
+    optimized = tmp_path / "optimized.onnx"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(optimized)
+    onnxruntime.InferenceSession(tiny_bundle / "model.onnx", options, providers=["CPUExecutionProvider"])
+    products = [node for node in onnx.load(optimized).graph.node if node.op_type in ("MatMul", "Gemm", "FusedMatMul")]
+    assert products
+    assert sum(calls.get(kind, 0) for kind in {node.op_type for node in products}) == 5 * len(products)
+    assert sum(entry.ns for entry in profile.operators) + profile.rest_ns == profile.total_ns
+    assert not any(entry.delegated for entry in profile.operators)
+    assert open_device(name).run(tiny_bundle, GenerateRequest(PROMPT, 1)).profile is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'[{"cat": "Node"}]',
+        b'[{"cat": "Session", "name": "model_run", "dur": -1}]',
+        b'[{"cat": "Session", "name": "model_run", "dur": 0}]',
+    ],
+)
+def test_a_damaged_profile_is_one_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(BoaEdgeError, match=r"p\.json: the runtime's profile") as caught:
+        read_profile(tmp_path / "p.json", "onnx", "measured")
+    assert "\n" not in str(caught.value)

@@ -116,6 +116,7 @@ def test_real_time_is_taken_of_the_standard_workload_and_greedy_text_of_the_refe
     assert len(report.samples.runs[0].tokens) == 64
     assert "--threads 1,4,2" in report.reproduce[2]
     assert "--workload pp128/tg64" in report.reproduce[2]
+    assert "--profile" not in report.reproduce[2]
     assert report.memory.pss is not None
     assert report.memory.pss.value == "unavailable"  # this runner does not say
 

@@ -1,4 +1,4 @@
-"""Where the time of a generation went, by operator: the runtime's own record (ExecuTorch's ETDump), summed up."""
+"""ExecuTorch's record: an ETDump."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError
-from devices.contract import Execution
-from runtime_tests.model import OperatorProfile, OperatorTime
-
-PROFILE = "profile.etdump"
+from runtime_tests.profiling.recorded import Recorded
 
 _WHOLE = "Method::execute"
 # Each of these encloses events that are listed themselves.
@@ -23,11 +20,11 @@ _ENCLOSING = (_WHOLE, "DELEGATE_CALL", "OPERATOR_CALL")
 _RUNS = "Execute"
 
 
-def read_profile(path: Path, execution: Execution) -> OperatorProfile:
-    """Sum an ETDump up by operator, the slowest first; what no operator accounts for comes last.
+def read(path: Path) -> Recorded:
+    """The time of each call, by kernel, or by XNNPACK's name of it.
 
     Raises:
-        BoaEdgeError: it cannot be read, or it holds no run of the model.
+        BoaEdgeError: it is no such record.
     """
     calls: dict[tuple[str, bool], list[float]] = defaultdict(list)
     total = 0.0
@@ -36,17 +33,7 @@ def read_profile(path: Path, execution: Execution) -> OperatorProfile:
             total += sum(times)
         elif name not in _ENCLOSING:
             calls[_plain(name), delegated] += times
-    if total <= 0:
-        raise BoaEdgeError("the runtime's profile holds no run of the model", where=path)
-    found = [
-        OperatorTime(name=name, delegated=delegated, calls=len(times), ns=round(sum(times)))
-        for (name, delegated), times in calls.items()
-    ]
-    found.sort(key=lambda entry: (-entry.ns, entry.name))
-    rest = max(0, round(total) - sum(entry.ns for entry in found))
-    return OperatorProfile(
-        file=path.name, execution=execution, total_ns=round(total), rest_ns=rest, operators=tuple(found)
-    )
+    return Recorded(total, calls)
 
 
 def _events(path: Path) -> list[tuple[str, bool, list[float]]]:
