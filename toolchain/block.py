@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from toolchain.activations.plan import ActivationPlan
 from toolchain.families import Part
 from toolchain.spill import Spill
-from toolchain.statistics.attention import Handler, Stop, handled_by
+from toolchain.statistics.attention import Handler, Kept, Stop, cached_by, handled_by
 
 _BEFORE = {"o": ("q", "k", "v"), "down": ("gate", "up")}
 
@@ -64,6 +64,7 @@ class BlockRunner:
         index: which block of the model it is.
         head_norms: by role, the norms on each head of q and k, where there are any.
         activations: how the inputs of the projections are quantized in passes with the settled weights.
+        kept: what becomes of keys and values in those passes; None: nothing.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class BlockRunner:
         index: int = 0,
         head_norms: Mapping[str, nn.Module] | None = None,
         activations: ActivationPlan | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self._block, self.parts, self.modules, self._arguments = block, parts, modules, arguments
-        self.index, self.head_norms, self._activations = index, head_norms or {}, activations
+        self.index, self.head_norms = index, head_norms or {}
+        self._activations, self._kept = activations, kept
         self._final: dict[str, Tensor] = {}
 
     def original(self, role: str) -> Tensor:
@@ -128,7 +131,7 @@ class BlockRunner:
         """Run the block on one batch of a stream.
 
         Args:
-            final: with the settled weights and quantized activations, otherwise with the original ones.
+            final: with the settled weights, quantized activations and the cache; otherwise as in the original.
             inputs, outputs: roles whose inputs and outputs are wanted.
             attention: makes the handler of attention from the inputs seen so far.
             stop_before, stop_after: a role before or after which nothing is needed any more.
@@ -181,6 +184,7 @@ class BlockRunner:
                 if role == "o":
                     handler = _skip_attention
             stack.enter_context(handled_by(handler))
+            stack.enter_context(cached_by(self._kept if final and handler is not _skip_attention else None))
             try:
                 result = self._block(stream.hidden[batch], **self._arguments)
                 hidden = result[0] if isinstance(result, tuple) else result

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from boa_edge.progress import say, track
+from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel
@@ -57,17 +58,19 @@ def guard(
     plan: ActivationPlan,
     sequences: Tensor,
     budget: float | None,
+    cache: CachePlan | None = None,
 ) -> Guarded:
     """Choose the linears whose activations stay in floating point.
 
     Args:
         sequences: calibration tokens int64 [n, length].
         budget: by how much the KL may rise over that of the weights alone, relative; None: there is no limit.
+        cache: how keys and values are kept, with floating-point activations too.
     """
     rows = sequences[:_SEQUENCES, :_TOKENS]
     with torch.inference_mode():
         original = _log_probabilities(FakeQuantized(source.model, source.spec, {}), rows)
-        model = FakeQuantized(source.model, source.spec, quantized.weights)
+        model = FakeQuantized(source.model, source.spec, quantized.weights, cache=cache)
 
         def kl(chosen: ActivationPlan | None) -> float:
             return _kl(original, _log_probabilities(model.with_activations(chosen), rows))

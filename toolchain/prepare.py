@@ -29,10 +29,9 @@ from toolchain.transforms import (
     Smooth,
     Transform,
     apply,
-    online_products,
     refusal,
     scale_shape,
-    transforms_of,
+    turns_of,
     value_sharing,
 )
 from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH
@@ -168,11 +167,8 @@ def _plan(source: SourceModel, recipe: Recipe) -> ActivationPlan | None:
 
 def _turns(source: SourceModel) -> list[Callable[[Tensor], Tensor]]:
     """What each layer does to queries and keys after RoPE."""
-    turns: list[Callable[[Tensor], Tensor]] = [lambda x: x] * source.spec.layers
-    for product in online_products(source.spec, transforms_of(source.model)):
-        if product.place == "query_key" and product.layer is not None:
-            turns[product.layer] = product
-    return turns
+    found = turns_of(source.model, source.spec)
+    return [found.get(layer, lambda x: x) for layer in range(source.spec.layers)]
 
 
 def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smooth, list[Outliers], list[Outliers]]:

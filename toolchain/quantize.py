@@ -169,6 +169,7 @@ def _resume_file(output: Path, prepared: Prepared, recipe: Recipe, text: Calibra
         "transforms": document,
         "transforms' tensors": torch.cat([*(each.flatten() for each in tensors.values()), torch.zeros(0)]),
         "activations": None if prepared.activations is None else prepared.activations.to_document(),
+        "cache": None if prepared.cache is None else prepared.cache.to_document(),
         "recipe": recipe.model_dump(),
         "calibration": text.sequences,
         "weights": text.weights,
@@ -197,14 +198,14 @@ def _quantize_and_score(
     start = time.monotonic()
     source, plan = prepared.source, prepared.activations
     try:
-        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, spill, plan)
+        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, spill, plan, prepared.cache)
     except ArithmeticError as error:
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
     guarded: Guarded | None = None
     if plan is not None and recipe.activations is not None:
         budget = recipe.activations.budget
-        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.sequences, budget))
+        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.sequences, budget, prepared.cache))
     seconds = time.monotonic() - start
     fidelity = distributed.from_main(lambda: _score(prepared, recipe, quantized, guarded, text))
     assert fidelity.kl is not None

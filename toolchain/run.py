@@ -15,6 +15,7 @@ from boa_edge.errors import UsageError
 from boa_edge.files import read_json, write_json
 from boa_edge.progress import say, track
 from toolchain import distributed
+from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import Item, allocate, check_budget, module_bytes
 from toolchain.block import BlockRunner, Stream
@@ -31,6 +32,7 @@ from toolchain.solve import Settings, SolvedLayer, round_stage, solve_stage
 from toolchain.spill import Spill
 from toolchain.statistics.block import BlockStatistics, Wanted, collect
 from toolchain.tables import embedded_by, quantize_tables
+from toolchain.transforms import turns_of
 
 _BATCH = 2
 _HELD_OUT = 16  # one batch in so many is kept from the statistics that the safety net watches over
@@ -58,6 +60,7 @@ def quantize_model(
     sequence_weights: Tensor | None = None,
     spill: Path | None = None,
     activations: ActivationPlan | None = None,
+    cache: CachePlan | None = None,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it was.
 
@@ -67,6 +70,7 @@ def quantize_model(
         sequence_weights: [n], how much each sequence counts, mean 1; None for all alike.
         spill: directory for activations, in files that are mapped into memory; None keeps them in memory.
         activations: how the linears' inputs are quantized; the statistics are of what comes in then.
+        cache: how keys and values are kept; the statistics are of what attention sees then.
 
     Raises:
         ArithmeticError: a Hessian that no damping mends.
@@ -84,7 +88,7 @@ def quantize_model(
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
-            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill), activations, tables)
+            texts = _Texts(source, sequences, sequence_weights, options, Spill(spill), activations, tables, cache)
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
             last = index + 1 == len(blocks)
             bits = {} if planned is None else {role: planned[part.module] for role, part in names.parts().items()}
@@ -224,8 +228,10 @@ class _Texts:
         keep: Spill,
         activations: ActivationPlan | None = None,
         tables: Mapping[str, QuantizedWeight] | None = None,
+        cache: CachePlan | None = None,
     ) -> None:
-        self._source, self._activations = source, activations
+        self._source, self._activations, self._cache = source, activations, cache
+        self._turns = turns_of(source.model, source.spec)
         self._arguments, embed = entry(source.model, sequences.shape[1])
         batches = sequences.split(_BATCH)
         own = distributed.share(len(batches))
@@ -261,6 +267,7 @@ class _Texts:
             index=index,
             head_norms={role: model.get_submodule(name) for role, name in names.head_norms().items()},
             activations=self._activations,
+            kept=None if self._cache is None else self._cache.seen_by(index, self._turns.get(index)),
         )
         return self._runner
 

@@ -23,12 +23,15 @@ from toolchain.activations.cache import (
     quantize_per_token,
     through_cache,
 )
+from toolchain.block import BlockRunner, Stream
 from toolchain.cache_search import head_errors, head_scales, key_metric, search_key_smoothing, value_metric
+from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel
 from toolchain.prepare import Prepared, prepare
 from toolchain.recipe import Recipe, load_recipe, parse_recipe
-from toolchain.transforms import Smooth, apply, scale_shape
+from toolchain.run import quantize_model
+from toolchain.transforms import Smooth, apply, scale_shape, turns_of
 
 FAMILIES = sorted(CONFIGS)
 KV8 = ("per_token", "per_head")
@@ -77,6 +80,58 @@ def test_a_text_read_at_once_sees_what_one_read_token_by_token_does(
             assert 1e-4 < away < 0.3 * float(plain.std())
             # And the model is left as it was.
             assert float((logits(prepared.source.model) - plain).abs().amax()) < 1e-9
+
+
+def _last_hidden(prepared: Prepared) -> Tensor:
+    seen: list[Any] = []
+    last = decoder_layers(prepared.source.model)[-1]
+    hook = last.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    fake(prepared).logits(TOKENS)
+    hook.remove()
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+
+@pytest.mark.parametrize("scheme", KV8)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_of_what_attention_sees_through_the_cache(
+    source: Callable[[str], SourceModel], family: str, scheme: str
+) -> None:
+    """Block by block on settled weights, as the quantizer goes, the text comes out where the simulation has it."""
+    for transforms in ((), ("rotatekeys",)):
+        with wide():
+            prepared = prepare(source(family), recipe(scheme, *transforms), TOKENS)
+            model, spec, plan = prepared.source.model, prepared.source.spec, prepared.cache
+            assert plan is not None
+            output = _last_hidden(prepared)
+            arguments, embed = entry(model, TOKENS.shape[1])
+            hidden = {True: embed(TOKENS), False: embed(TOKENS)}
+            for index, names in enumerate(spec.layer_names):
+                modules: Any = {name: model.get_submodule(name) for name in names.linears()}
+                kept = plan.seen_by(index, turns_of(model, spec).get(index))
+                block = decoder_layers(model)[index]
+                runner = BlockRunner(block, names.parts(), modules, arguments[index], index=index, kept=kept)
+                with own_attention(model):
+                    for final in hidden:
+                        found = runner.run(Stream([hidden[final]]), 0, final=final).hidden
+                        assert found is not None
+                        hidden[final] = found
+            assert float((hidden[True] - output).abs().amax()) < 1e-9
+            # The original's text, which the quantizer compares with, goes by no cache.
+            assert float((hidden[False] - output).abs().amax()) > 1e-6
+
+
+def test_a_solver_knows_of_the_cache(source: Callable[[str], SourceModel]) -> None:
+    document = {"method": "gptq", "weights": {"bits": 4}, "embedding": None, "kv_cache": {}}
+    prepared = prepare(source("llama"), parse_recipe(document, "test"), TOKENS)
+    chosen = parse_recipe(document, "test")
+    codes = {
+        cache: quantize_model(prepared.source, chosen, TOKENS.repeat(4, 1), cache=cache).weights
+        for cache in (None, prepared.cache)
+    }
+    names = prepared.source.spec.layer_names[0]
+    same = {name: torch.equal(codes[None][name].codes, codes[prepared.cache][name].codes) for name in codes[None]}
+    assert same[names.q], "nothing before the first attention goes by a cache"
+    assert not all(same.values())
 
 
 def test_without_a_plan_nothing_changes(source: Callable[[str], SourceModel]) -> None:

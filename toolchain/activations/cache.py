@@ -28,7 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from boa_edge.errors import BoaEdgeError
 from toolchain.activations import per_block
 from toolchain.families import DecoderSpec
-from toolchain.statistics.attention import ATTENTION
+from toolchain.statistics.attention import ATTENTION, Kept
+from toolchain.transforms.product import OnlineProduct
 from toolchain.transforms.runtime import turned
 
 SCHEMA_VERSION = 1
@@ -93,6 +94,15 @@ class CachePlan:
             return through_cache(key, None), through_cache(value, None)
         scales = (torch.tensor(each[layer], dtype=torch.float32) for each in (self.key_scales, self.value_scales))
         return through_cache(key, next(scales)), through_cache(value, next(scales))
+
+    def seen_by(self, layer: int, turn: OnlineProduct | None) -> Kept:
+        """`kept` for passes that leave R3 (`turn`) out: its inverse is put behind it."""
+
+        def kept(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            key, value = self.kept(layer, key if turn is None else turn(key), value)
+            return key if turn is None else turn.back(key), value
+
+        return kept
 
     @contextmanager
     def installed(self, model: nn.Module, spec: DecoderSpec) -> Iterator[None]:

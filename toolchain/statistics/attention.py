@@ -32,6 +32,9 @@ class Stop(Exception):  # noqa: N818  not an error: ends a forward pass that has
 # to have it computed.
 Handler = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Tensor | None]
 _handlers: list[Handler] = []
+# (key, value) -> (key, value) [B, G, L, hd]: what a cache hands out for them.
+Kept = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+_kept: list[Kept] = []
 
 
 @contextmanager
@@ -45,6 +48,19 @@ def handled_by(handler: Handler | None) -> Iterator[None]:
         yield
     finally:
         _handlers.remove(handler)
+
+
+@contextmanager
+def cached_by(kept: Kept | None) -> Iterator[None]:
+    """Inside, attention and its handlers see keys and values as `kept` hands them out."""
+    if kept is None:
+        yield
+        return
+    _kept.append(kept)
+    try:
+        yield
+    finally:
+        _kept.remove(kept)
 
 
 def attention_weights(
@@ -81,6 +97,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention under the mask that the block was given; shapes as `transformers` passes them."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if _kept:
+        key, value = _kept[-1](key, value)
     if _handlers:
         output = _handlers[-1](query, key, value, attention_mask, scale, softcap)
         if output is not None:

@@ -22,7 +22,14 @@ from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.product import OnlineProduct, times
 from toolchain.transforms.record import from_record, to_record
 from toolchain.transforms.rotate import RotateResidual, RotateValues
-from toolchain.transforms.runtime import Runtime, check_transforms, install_runtime, online_products, transforms_of
+from toolchain.transforms.runtime import (
+    Runtime,
+    check_transforms,
+    install_runtime,
+    online_products,
+    transforms_of,
+    turns_of,
+)
 from toolchain.transforms.smooth import PAIRS, Pair, Smooth, refusal, scale_shape, value_sharing
 
 __all__ = [
@@ -49,6 +56,7 @@ __all__ = [
     "transform_block",
     "transform_tables",
     "transforms_of",
+    "turns_of",
     "value_sharing",
 ]
 

@@ -40,6 +40,10 @@ class OnlineProduct:
         """x M, in the dtype and on the device of x."""
         return times(x, [factor.to(x) for factor in self.factors])
 
+    def back(self, x: Tensor) -> Tensor:
+        """x M^-1."""
+        return times(x, [factor.mT.to(x) for factor in self.factors])
+
 
 def times(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """x (I (x) F_1 (x) ... (x) F_k) for x [..., n]; the product of the factors' sizes divides n."""

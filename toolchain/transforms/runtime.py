@@ -62,6 +62,12 @@ def online_products(spec: DecoderSpec, transforms: Sequence[Transform]) -> list[
     return [product for transform in transforms for product in transform.products(spec)]
 
 
+def turns_of(model: nn.Module, spec: DecoderSpec) -> dict[int, OnlineProduct]:
+    """R3 by layer, where the model has it."""
+    products = online_products(spec, transforms_of(model))
+    return {one.layer: one for one in products if one.place == "query_key" and one.layer is not None}
+
+
 def install_runtime(model: nn.Module, spec: DecoderSpec, transforms: Sequence[Transform]) -> Runtime:
     """Have a model whose weights are transformed compute the products that belong to them.
 
