@@ -105,10 +105,11 @@ class CacheChoice(_Frozen):
     """How keys and values are kept between tokens (`toolchain.activations.cache`).
 
     Attributes:
-        scheme: `per_token`: one scale per token and key-value head; `per_head`: one per head, by calibration.
+        scheme: `per_head`: one scale per key-value head, by calibration; `per_token`: one per token and head, which no
+            runtime keeps.
     """
 
-    scheme: CacheScheme = "per_token"
+    scheme: CacheScheme = "per_head"
     bits: Literal[8] = 8
 
 

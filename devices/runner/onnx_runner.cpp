@@ -143,7 +143,7 @@ class Decoder {
         for (const Port& port : past_ports_) {
             const Shape shape = {1, port.shape[1], fused_ ? capacity_ : 0, port.shape[3]};
             ort::Value* value = nullptr;
-            check(api->create_tensor(allocator_, shape.data(), shape.size(), ort::kElementFloat, &value), port.name);
+            check(api->create_tensor(allocator_, shape.data(), shape.size(), port.type, &value), port.name);
             past_.emplace_back(value, api->release_value);
         }
     }
@@ -227,7 +227,7 @@ class Decoder {
                 expect(port, ort::kElementInt64, 2);
                 ++plain;
             } else if (port.name.rfind(kPast, 0) == 0) {
-                expect(port, ort::kElementFloat, 4);
+                expect(port, port.type == ort::kElementInt8 ? ort::kElementInt8 : ort::kElementFloat, 4);
                 if (port.shape[1] <= 0 || port.shape[3] <= 0) {
                     throw std::runtime_error("graph input '" + port.name + "' has shape " + text(port.shape) +
                                              "; heads and head size must be fixed numbers");
@@ -255,7 +255,7 @@ class Decoder {
         for (const Port& port : past_ports_) {
             names_.push_back(port.name);
             present_names_.push_back(kPresent + port.name.substr(std::string(kPast).size()));
-            expect(output(present_names_.back()), ort::kElementFloat, 4);
+            expect(output(present_names_.back()), port.type, 4);
         }
         for (const std::string& name : names_) input_names_.push_back(name.c_str());
         for (const std::string& name : present_names_) output_names_.push_back(name.c_str());

@@ -24,6 +24,7 @@ struct Allocator;
 constexpr std::uint32_t kApiVersion = 16;
 
 constexpr int kElementFloat = 1;
+constexpr int kElementInt8 = 3;
 constexpr int kElementInt64 = 7;
 constexpr int kLogWarning = 2;
 constexpr int kOptimizeAll = 99;

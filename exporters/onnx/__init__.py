@@ -92,6 +92,11 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
                 f"{what}: 8-bit codes with float32 activations have no fast fused kernel; the runtime dequantizes them "
                 "at each call, which takes time and the memory of the float weights"
             )
+    if checkpoint.kv_cache is not None and form == "fused":
+        notes.append(
+            "an int8 cache takes a quarter of the memory, but ONNX Runtime's attention over it has no fast kernel for "
+            "several tokens at once: prompts are read more slowly (docs/onnx.md)"
+        )
     return tuple(dict.fromkeys(notes))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from exporters.onnx.cache import CacheScales, split_heads, through_cache
 from exporters.onnx.graph import GraphBuilder
 from toolchain.families import DecoderSpec
 
@@ -71,17 +72,28 @@ def attend(
     past: tuple[ir.Value, ir.Value],
     spec: DecoderSpec,
     path: str,
+    scales: CacheScales | None = None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """softmax(cap(scale q k^T) + bias) v over past and present.
 
     Args:
         query: float32 [batch, sequence, heads * head_dim], rotated; key, value: [batch, sequence, kv_heads * head_dim].
-        past: keys and values, float32 [batch, kv_heads, past, head_dim].
+        past: keys and values, float32 [batch, kv_heads, past, head_dim], or int8 codes.
+        scales: of the codes, [kv_heads]; None for a float32 cache.
 
     Returns:
         The context float32 [batch, sequence, heads * head_dim], and the keys and values with the new ones behind.
     """
     cap = {} if spec.attention_softcap is None else {"softcap": spec.attention_softcap}
+    if scales is not None:
+        keys, all_keys = through_cache(g, key, past[0], scales.key, spec, f"{path}/key_cache")
+        values, all_values = through_cache(g, value, past[1], scales.value, spec, f"{path}/value_cache")
+        q = split_heads(g, query, spec.heads, spec.head_dim, f"{path}/query")
+        inputs = [q, all_keys, all_values, bias]
+        context = g.op("Attention", inputs, f"{path}/Attention", scale=spec.attention_scale, **cap)
+        rows = g.op("Transpose", [context], f"{path}/context/Transpose", perm=[0, 2, 1, 3])
+        whole = g.constant([0, 0, spec.heads * spec.head_dim], _INT64)
+        return g.op("Reshape", [rows, whole], f"{path}/context/Reshape"), keys, values
     context, keys, values = g.ops(
         "Attention",
         [query, key, value, bias, *past],

@@ -15,6 +15,7 @@ import torch
 
 from exporters.base import Activations
 from exporters.onnx.activation import ACTIVATIONS
+from exporters.onnx.cache import CacheScales, cache_scales
 from exporters.onnx.graph import GraphBuilder, scope
 from exporters.onnx.kernels import Carrier
 from exporters.onnx.norm import layer_norm, rms_norm
@@ -59,19 +60,32 @@ class DecoderBuilder(ABC):
         plan = self.checkpoint.activations
         return "float32" if plan is not None and module in plan.kept else self.activations
 
+    @property
+    def cache_type(self) -> ir.DataType:
+        """Of keys and values between two calls."""
+        return FLOAT if self.checkpoint.kv_cache is None else ir.DataType.INT8
+
     def cache_inputs(self, shape: Sequence[int | str]) -> list[tuple[ir.Value, ir.Value]]:
         """Declare the past keys and values of every layer."""
-        name = "past_key_values.{}.{}".format
+        name, kind = "past_key_values.{}.{}".format, self.cache_type
         return [
-            (self.g.input(name(i, "key"), FLOAT, shape), self.g.input(name(i, "value"), FLOAT, shape))
+            (self.g.input(name(i, "key"), kind, shape), self.g.input(name(i, "value"), kind, shape))
             for i in range(self.checkpoint.spec.layers)
         ]
+
+    def cache_scales(self, layer: int, *, by_channel: bool) -> CacheScales | None:
+        """Of a layer's codes; None where keys and values stay float32."""
+        spec, plan = self.checkpoint.spec, self.checkpoint.kv_cache
+        if plan is None:
+            return None
+        module = spec.layer_names[layer].q.rpartition(".")[0]
+        return cache_scales(self.g, plan, spec, layer, module, by_channel=by_channel)
 
     def cache_outputs(self, presents: Sequence[tuple[ir.Value, ir.Value]], shape: Sequence[int | str]) -> None:
         """Make the keys and values of every layer outputs."""
         for i, (keys, values) in enumerate(presents):
-            self.g.output(keys, f"present.{i}.key", FLOAT, shape)
-            self.g.output(values, f"present.{i}.value", FLOAT, shape)
+            self.g.output(keys, f"present.{i}.key", self.cache_type, shape)
+            self.g.output(values, f"present.{i}.value", self.cache_type, shape)
 
     def enter(self, x: ir.Value, position_ids: ir.Value | None) -> ir.Value:
         """Rows of the embedding table float32 [batch, sequence, width] -> the residual stream that they start.

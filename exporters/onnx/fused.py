@@ -118,7 +118,8 @@ class FusedDecoder(DecoderBuilder):
         else:
             projected = self._side_by_side(h, names)
         table = turn if isinstance(turn, Tables) else None
-        context, *present = group_query_attention(self.g, projected, past, at, table, spec, layer, path)
+        scales = self.cache_scales(layer, by_channel=True)
+        context, *present = group_query_attention(self.g, projected, past, at, table, spec, layer, path, scales)
         residual.pending = self.after(self.linear(context, names.o), names.attention_output_norm)
         h = self._norm(residual, names.mlp_norm)
         residual.pending = self.after(self.mlp(h, names), names.mlp_output_norm)

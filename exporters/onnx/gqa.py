@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from exporters.onnx.cache import CacheScales
 from exporters.onnx.graph import GraphBuilder
 from toolchain.families import DecoderSpec
 
@@ -66,23 +67,33 @@ def group_query_attention(
     spec: DecoderSpec,
     layer: int,
     path: str,
+    scales: CacheScales | None = None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """softmax(scale q k^T) v over past and present, queries seeing what stands before them.
 
     Args:
         projected: q, k and v float32 [batch, sequence, heads * head_dim], or side by side in one tensor.
-        past: keys and values, float32 [batch, kv_heads, past or capacity, head_dim].
+        past: keys and values, float32 [batch, kv_heads, past or capacity, head_dim], or int8 codes.
         turn: the rotary embedding; None where q and k are turned already or never.
+        scales: of the codes, [1, kv_heads, 1, head_dim]; None for a float32 cache. New keys are quantized once they are
+            turned, and seen as the codes say, in their own call too.
 
     Returns:
         The context float32 [batch, sequence, heads * head_dim], and the keys and values with the new ones behind.
     """
     q, k, v = projected if len(projected) == 3 else (*projected, None, None)
     window = spec.attention[layer].window
-    rotary = [] if turn is None else [turn.cos, turn.sin]
+    rotary = [None, None] if turn is None else [turn.cos, turn.sin]
+    inputs: list[ir.Value | None] = [q, k, v, *past, at.last, at.total, *rotary]
+    int8: dict[str, object] = {}
+    if scales is not None:
+        inputs += [None, None, None, scales.key, scales.value]  # behind positions, bias and sinks, which nobody gives
+        int8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    while inputs[-1] is None:
+        inputs.pop()
     context, keys, values = g.contribs(
         "GroupQueryAttention",
-        [q, k, v, *past, at.last, at.total, *rotary],
+        inputs,
         f"{path}/GroupQueryAttention",
         (0, 1, 2),
         num_heads=spec.heads,
@@ -91,5 +102,6 @@ def group_query_attention(
         do_rotary=int(turn is not None),
         local_window_size=window if window is not None and window < spec.max_positions else -1,
         softcap=spec.attention_softcap or 0.0,
+        **int8,
     )
     return context, keys, values

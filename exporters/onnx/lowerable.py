@@ -57,11 +57,11 @@ def refusals(asked: Asked) -> Iterator[Refusal]:
     """What no graph of that form holds or ONNX Runtime does not run fast; nothing where all is well."""
     if asked.spec is not None:
         yield from _of_model(asked.spec, asked.form)
-    if asked.cache is not None:
+    if asked.cache is not None and asked.cache != "per_head":
         yield Refusal(
             "kv_cache",
-            "the graph keeps keys and values in float32, and not in an int8 cache",
-            "Choose a recipe without kv_cache",
+            f"ONNX Runtime's attention keeps no scale for each token, as an int8 cache of scheme {asked.cache} needs",
+            "Choose kv_cache of scheme per_head, or none: then keys and values are kept in float32",
         )
     if asked.scheme is not None and asked.scheme.startswith("static") and asked.activations == "int8":
         yield Refusal(

@@ -16,7 +16,6 @@ from exporters.onnx.kernels import carrier
 from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
 from exporters.onnx.nbits import nbits_linear, store_nbits
 from exporters.onnx.rope import Rotation, rotations, turn_of
-from toolchain.families import LayerNames
 
 
 @dataclass
@@ -36,9 +35,8 @@ class QdqDecoder(DecoderBuilder):
         x = self.enter(x, position_ids)
         presents = []
         for layer in track(range(spec.layers), "writing layers"):
-            attention = spec.attention[layer]
-            turn = turns.get(turn_of(attention))
-            x, present = self._layer(x, spec.layer_names[layer], turn, biases[attention.window], pasts[layer])
+            turn, bias = turns.get(turn_of(spec.attention[layer])), biases[spec.attention[layer].window]
+            x, present = self._layer(x, layer, turn, bias, pasts[layer])
             presents.append(present)
         x = self.online.at(x, spec.final_norm, "input", spec.hidden_size, scope(spec.final_norm))
         x = self.norm(x, spec.final_norm)
@@ -61,14 +59,16 @@ class QdqDecoder(DecoderBuilder):
     def _layer(
         self,
         x: ir.Value,
-        names: LayerNames,
+        layer: int,
         turn: Rotation | None,
         bias: ir.Value,
         past: tuple[ir.Value, ir.Value],
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         spec = self.checkpoint.spec
+        names = spec.layer_names[layer]
         q, k, v = self.heads(self.norm(x, names.attention_norm), names, turn)
-        context, keys, values = attend(self.g, q, k, v, bias, past, spec, scope(names.q).rpartition("/")[0])
+        scales = self.cache_scales(layer, by_channel=False)
+        context, keys, values = attend(self.g, q, k, v, bias, past, spec, scope(names.q).rpartition("/")[0], scales)
         x = self._add(x, self.after(self.linear(context, names.o), names.attention_output_norm), names.o)
         y = self.mlp(self.norm(x, names.mlp_norm), names)
         return self._add(x, self.after(y, names.mlp_output_norm), names.down), (keys, values)

@@ -23,6 +23,8 @@ LOGITS_START, ALL_LOGITS = "logits_start", "all_logits"
 """Of the fused form, whose `logits` are the last position's. Input int64 [1]: the first position whose logits are
 wanted too; none where it is not given. Output float32 [batch, positions, vocabulary]: theirs."""
 
+Cache = NDArray[np.float32] | NDArray[np.int8]
+
 _PROVIDERS = ["CPUExecutionProvider"]
 _WARNING = 3
 
@@ -84,6 +86,8 @@ class OnnxDecoder:
         self.session, self.form = session, form
         self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
         self._outputs = [output.name for output in session.get_outputs()]
+        kinds = {each.name: each.type for each in session.get_inputs()}
+        self._cache_type: type[Any] = np.int8 if kinds.get("past_key_values.0.key") == "tensor(int8)" else np.float32
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> OnnxDecoder:
@@ -91,19 +95,19 @@ class OnnxDecoder:
         runtime = bundle.runtime
         return cls(open_session(bundle, threads), runtime.layers, runtime.kv_heads, runtime.head_dim, runtime.form)
 
-    def empty_cache(self, batch: int) -> dict[str, NDArray[np.float32]]:
-        """`past_key_values.N.key|value`, float32 [batch, kv_heads, 0, head_dim]."""
-        nothing = np.zeros((batch, self.kv_heads, 0, self.head_dim), np.float32)
+    def empty_cache(self, batch: int) -> dict[str, Cache]:
+        """`past_key_values.N.key|value`, float32 or int8 [batch, kv_heads, 0, head_dim]."""
+        nothing: Cache = np.zeros((batch, self.kv_heads, 0, self.head_dim), self._cache_type)
         return {f"past_key_values.{i}.{part}": nothing for i in range(self.layers) for part in ("key", "value")}
 
     def step(
         self,
         tokens: NDArray[np.int64],
-        cache: Mapping[str, NDArray[np.float32]],
+        cache: Mapping[str, Cache],
         attention_mask: NDArray[np.int64] | None = None,
         *,
         last_only: bool = False,
-    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+    ) -> tuple[NDArray[np.float32], dict[str, Cache]]:
         """Feed more tokens.
 
         Args:
@@ -148,7 +152,7 @@ class OnnxDecoder:
     def greedy(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
         """The `new_tokens` most likely ids after `prompt`, one after the other, none of them treated as an end."""
         tokens = np.asarray([list(prompt)], dtype=np.int64)
-        cache: Mapping[str, NDArray[np.float32]] = self.empty_cache(1)
+        cache: Mapping[str, Cache] = self.empty_cache(1)
         generated: list[int] = []
         for _ in range(new_tokens):
             logits, cache = self.step(tokens, cache, last_only=True)

@@ -18,6 +18,7 @@ from exporters.onnx.session import OnnxDecoder, load, session_options
 _TOKENS = 4
 _LARGEST_LOAD = 2 << 30
 _TOLERANCE = 1e-3
+_ROUNDED_TOLERANCE = 3e-2  # an int8 cache: where a key or value is near a tie, the last bit decides
 
 
 def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int) -> None:
@@ -45,7 +46,8 @@ def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int) -> None:
     first, cache = decoder.step(tokens[:, :2], decoder.empty_cache(1))
     second, _ = decoder.step(tokens[:, 2:], cache)
     difference = float(np.abs(np.concatenate([first, second], axis=1) - whole).max() / max(np.abs(whole).max(), 1e-6))
-    if difference > _TOLERANCE:
+    rounded = cache["past_key_values.0.key"].dtype == np.int8
+    if difference > (_ROUNDED_TOLERANCE if rounded else _TOLERANCE):
         raise BoaEdgeError(f"gives other logits through its cache than at once ({difference:.1e})", where=model)
 
 

@@ -37,7 +37,7 @@ REFUSED = {
     "onnx": [
         ({"weights": {"group_size": 48}}, "groups of 48"),
         ({"embedding": {"bits": 8, "group_size": 48}}, "groups of 48"),
-        ({"kv_cache": {}}, "float32"),
+        ({"kv_cache": {"scheme": "per_token"}}, "no scale for each token"),
         ({"activations": {"scheme": "static_int8"}}, "static"),
     ],
 }
@@ -57,6 +57,8 @@ def test_the_default_recipe_suits_every_runtime(runtime: str) -> None:
     exporter = EXPORTERS[runtime]
     for form in exporter.forms:
         exporter.foresee(load_recipe(DEFAULT_RECIPE), None, Request("int8", form))
+        if runtime == "onnx":
+            exporter.foresee(load_recipe("w4g32a8kv8-edge"), None, Request("int8", form))
 
 
 def test_models_that_no_program_holds() -> None:

@@ -45,9 +45,14 @@ def assert_same(bundle: Bundle, text: str, new_tokens: int) -> None:
     assert isinstance(tokenizer.decode(expected), str)
 
 
-@pytest.mark.parametrize("activations", ["int8", "float32"])
-def test_the_same_greedy_tokens(activations: Any, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
-    recipe = parse_recipe({"method": "rtn", "weights": {"bits": 4, "group_size": 32}, "calibration": SMALL}, "test")
+@pytest.mark.parametrize(
+    ("activations", "cache"), [("int8", None), ("float32", None), ("int8", {"scheme": "per_head"})]
+)
+def test_the_same_greedy_tokens(
+    activations: Any, cache: Any, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    document = {"method": "rtn", "weights": {"bits": 4, "group_size": 32}, "calibration": SMALL, "kv_cache": cache}
+    recipe = parse_recipe(document, "test")
     quantize(str(tiny_model), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
     export(tmp_path / "checkpoint", "onnx", tmp_path / "bundle", activations=activations, form="fused")
     assert_same(Bundle.open(tmp_path / "bundle"), "the official client", 40)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json
-from exporters import export
 from tests.toolchain.families import CONFIGS
 from tests.toolchain.test_transforms import TOKENS, logits, wide
 from tests.toolchain.test_w4a8 import quantized, rebuilt
@@ -282,8 +281,6 @@ def test_a_checkpoint_holds_the_cache(scheme: str, tiny_model: Path, text_file: 
     if scheme == "per_head":
         largest = torch.tensor(told["ranges"]["keys"]).abs().amax(-1)
         assert bool((torch.tensor(plan.key_scales) <= largest / 127 * 1.001).all())
-    with pytest.raises(BoaEdgeError, match=r"kv_cache\.json: ONNX export keeps keys and values in float32"):
-        export(tmp_path / "ckpt", "onnx", tmp_path / "bundle")
 
 
 def test_a_plan_on_disk_is_checked(source: Callable[[str], SourceModel], tmp_path: Path) -> None:
@@ -315,7 +312,7 @@ def test_recipes_spell_the_cache() -> None:
     for name in ("w4g32a8kv8-edge-smooth", "w4g32kv8-gptq", "w3asymkv8-rtn"):
         chosen = load_recipe(name)
         assert chosen.kv_cache is not None
-        assert (chosen.kv_cache.scheme, chosen.name) == ("per_token", name)
+        assert (chosen.kv_cache.scheme, chosen.name) == ("per_head", name)
     assert load_recipe("w4g32a8-edge").kv_cache is None
     base = {"method": "rtn", "weights": {"bits": 4}}
     for cache, message in (

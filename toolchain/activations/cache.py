@@ -8,7 +8,8 @@ nothing but that token, so that a text read at once and one read token by token 
 simulation the cache of `transformers` keeps floating point, and what it hands out is quantized where attention takes
 it in, which comes to the same.
 
-Of no runtime of this project yet: exporters refuse a checkpoint with such a cache.
+Both forms of the ONNX export carry per_head, code for code (tests/exporters/test_int8_cache.py); no runtime of this
+project has per_token, and ExecuTorch's programs have neither.
 """
 
 from __future__ import annotations
