@@ -147,6 +147,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64, help="of calibration text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=24576, help="of held-out text")
+    parser.add_argument("--limit", type=float, default=120, help="minutes that one quantization may take")
     parser.add_argument("--iterations", type=int, default=AUTOROUND_ITERATIONS, help="of AutoRound, per block")
     cache = Path(os.environ.get("BOA_EDGE_CACHE") or ROOT / ".cache").expanduser().absolute()
     parser.add_argument("--work", type=Path, default=cache / "bench-accuracy", help="where results are kept")
@@ -213,9 +214,9 @@ class Benchmark:
         outcomes = []
         for contender, scheme in runs:
             run = (contender.label, scheme)
-            place = places.get(run)
-            row = self._row(contender, setting, seed, place, scheme) if place else None
-            notes = read_json(place / SUMMARY_FILE, "summary")["notes"] if place else []
+            made = places.get(run)
+            row = self._row(contender, setting, seed, made, scheme) if made else None
+            notes = read_json(made / SUMMARY_FILE, "summary")["notes"] if made else []
             title, own = setting.titled(scheme), contender.peer is None
             outcomes.append(Outcome(title, contender.label, own, seed, row, failures.get(run), notes))
         return outcomes
@@ -251,9 +252,10 @@ class Benchmark:
         command += ["--iterations", str(self.arguments.iterations)] if trains else []
         say(f"{setting.name} {contender.label}, seed {seed}")
         place.parent.mkdir(parents=True, exist_ok=True)
+        log = self.work / "logs" / f"{place.name}.log"
         with output_directory(place, overwrite=True) as partial:
             try:
-                run_quantizer([*command, "--out", str(partial)], partial, self.work / "logs" / f"{place.name}.log")
+                run_quantizer([*command, "--out", str(partial)], partial, log, self.arguments.limit)
             except QuantizerError as error:
                 self.failed[place] = str(error)
                 raise
@@ -358,8 +360,10 @@ class QuantizerError(Exception):
     """A quantizer ended with an error; its last line."""
 
 
-def run_quantizer(command: list[str], place: Path, log: Path) -> None:
-    """Run one to its end, its output in `log`. QuantizerError with its last line where it fails."""
+def run_quantizer(command: list[str], place: Path, log: Path, limit: float) -> None:
+    """Run one to its end, its output in `log`. QuantizerError with its last line where it fails, or where it takes more
+    than `limit` minutes.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **_QUIET, "PYTHONPATH": str(ROOT)}
     # Some tools write logs where they stand.
@@ -368,8 +372,17 @@ def run_quantizer(command: list[str], place: Path, log: Path) -> None:
     try:
         with log.open("w", encoding="utf-8") as out:
             done = subprocess.run(
-                command, check=False, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                command,
+                check=False,
+                cwd=scratch,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                timeout=limit * 60,
             )
+    except subprocess.TimeoutExpired:
+        raise QuantizerError(f"not finished after {limit:g} minutes") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if done.returncode:

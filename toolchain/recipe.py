@@ -222,7 +222,9 @@ class Recipe(_Frozen):
         return self.model_validate({**self.model_dump(), "method": method})
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        """What it says, less what it does not use."""
+        unused = set() if LEARNED_ROTATION in self.transforms else {"learning"}
+        return yaml.safe_dump(self.model_dump(exclude=unused), sort_keys=False)
 
 
 def load_recipe(recipe: str) -> Recipe:

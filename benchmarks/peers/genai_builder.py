@@ -50,7 +50,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
         if node.op_type != "MatMulNBits" or "/layers." not in (node.name or ""):
             continue
         rows, columns, block = (node.attributes[key].as_int() for key in ("N", "K", "block_size"))
-        values = [None if value is None else value.const_value.numpy() for value in node.inputs[1:4]]
+        held = [None if value is None else value.const_value for value in node.inputs[1:4]]
+        values = [None if tensor is None else tensor.numpy() for tensor in held]
         nibbles = np.asarray(values[0], np.uint8).reshape(rows, -1)
         codes = np.stack([nibbles & 15, nibbles >> 4], -1).reshape(rows, -1)[:, :columns].astype(np.float32)
         scales = np.asarray(values[1], np.float32).reshape(rows, -1)

@@ -37,12 +37,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     run = accuracy.run_quantizer
 
-    def note(command: list[str], place: Path, log: Path) -> None:
+    def note(command: list[str], place: Path, log: Path, limit: float) -> None:
         seen.append(command[command.index("--variant") + 1])
         if "benchmarks.ours" in command:
             main("boa-edge", make, VARIANTS, command[command.index("benchmarks.ours") + 1 :])
         else:
-            run(command, place, log)
+            run(command, place, log, limit)
 
     monkeypatch.setattr(accuracy, "run_quantizer", note)
     monkeypatch.setattr(accuracy, "own_source", lambda: "as it is now")
@@ -224,3 +224,11 @@ def test_the_ablation_goes_from_rounding_to_the_default_step_by_step(
     }
     text = (arguments.output / "ablation.md").read_text()
     assert all(f"| {name} | {kls[name]:.4f} |" in text for name in STEPS)
+
+
+def test_a_quantizer_that_does_not_end_is_stopped(tmp_path: Path) -> None:
+    script = "import time; print('at it', flush=True); time.sleep(600)"
+    with pytest.raises(accuracy.QuantizerError, match=r"not finished after 0\.02 minutes"):
+        accuracy.run_quantizer([sys.executable, "-c", script], tmp_path / "run", tmp_path / "log", 0.02)
+    assert (tmp_path / "log").read_text() in ("", "at it\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "log"]
