@@ -2,13 +2,14 @@
 
 A name reads as what it does:
 
-    w<bits>[g<group>][asym][a8][kv8]-<method>[-<transform>...]
+    w<bits>[g<group>][asym][a8[t]][kv8]-<method>[-<transform>...]
 
     w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
     w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
     w4g32a8-edge-smooth    4-bit weights in groups of 32 and int8 activations, after SmoothQuant
-    w4g32a8kv8-edge        the same without SmoothQuant, and keys and values kept in int8
+    w4g32a8t-edge-smooth   the same for a runtime that quantizes activations per token, as ExecuTorch's XNNPACK does
+    w4g32a8kv8-edge        without SmoothQuant, and keys and values kept in int8
 
 and with `wmix<megabytes>mb` for `w<bits>` each projection gets bits of its own, so that all fits a budget:
 
@@ -35,13 +36,16 @@ from toolchain.transforms.named import LEARNED_ROTATION, NAMES
 DEFAULT_RECIPE = "w4g32a8-edge-smooth"
 _NAME = re.compile(
     r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)"
-    r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8)?(?P<kv8>kv8)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
+    r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8[a-z]?)?(?P<kv8>kv8[a-z]?)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
 )
 _GRAMMAR = (
-    "w<bits>[g<group>][asym][a8][kv8]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or "
+    "w<bits>[g<group>][asym][a8[t]][kv8]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or "
     "w4g32a8-edge-smooth; "
     "wmix<megabytes>mb in place of w<bits> fits a budget"
 )
+# What stands behind `a8` and `kv8` in a name.
+_ACTIVATION_LETTERS = {"per_block": "", "per_token": "t", "per_row": "r", "static_int8": "s", "static_uint8": "u"}
+_CACHE_LETTERS = {"per_head": "", "per_token": "t"}
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
 
 
@@ -213,8 +217,8 @@ class Recipe(_Frozen):
         asym = "" if self.weights.symmetric else "asym"
         budget = self.weights.budget_mb
         bits = self.weights.bits if budget is None else f"mix{budget:.10g}mb"
-        a8 = "" if self.activations is None else "a8"
-        kv8 = "" if self.kv_cache is None else "kv8"
+        a8 = "" if self.activations is None else f"a8{_ACTIVATION_LETTERS[self.activations.scheme]}"
+        kv8 = "" if self.kv_cache is None else f"kv8{_CACHE_LETTERS[self.kv_cache.scheme]}"
         return "-".join([f"w{bits}{group}{asym}{a8}{kv8}", self.method, *self.transforms])
 
     def with_method(self, method: str) -> Recipe:
@@ -246,10 +250,17 @@ def load_recipe(recipe: str) -> Recipe:
         "symmetric": match["asym"] is None,
     }
     document: dict[str, Any] = {"method": match["method"], "weights": weights}
-    if match["a8"]:
-        document["activations"] = {}
-    if match["kv8"]:
-        document["kv_cache"] = {}
+    for field, told, letters in (
+        ("activations", match["a8"], _ACTIVATION_LETTERS),
+        ("kv_cache", match["kv8"], _CACHE_LETTERS),
+    ):
+        if told:
+            prefix, _, letter = told.rpartition("8")
+            schemes = {own: scheme for scheme, own in letters.items()}
+            if letter not in schemes:
+                known = ", ".join(f"{prefix}8{own} ({scheme})" for own, scheme in schemes.items())
+                raise UsageError(f"unknown recipe {recipe!r}: there is no {told!r}", fix=f"There are: {known}")
+            document[field] = {"scheme": schemes[letter]}
     if match["rest"]:
         document["transforms"] = match["rest"][1:].split("-")
     return parse_recipe(document, f"recipe {recipe!r}")

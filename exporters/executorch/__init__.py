@@ -78,7 +78,7 @@ def _notes(checkpoint: Checkpoint, request: Request, kept: int) -> list[str]:
     if plan is not None and plan.format.scheme != "per_token" and request.activations == "int8":
         notes.append(
             f"the checkpoint was made for activations {plan.format.scheme}; XNNPACK quantizes them per token, "
-            "so its figures differ from the recorded ones"
+            "so its figures differ from the recorded ones (recipes with a8t in place of a8 are made for that)"
         )
     found = [("the linears", scheme.bits) for _, scheme in schemes(checkpoint)]
     if checkpoint.is_quantized(checkpoint.spec.embedding):

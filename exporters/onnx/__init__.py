@@ -75,7 +75,7 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
     if plan is not None and plan.format.scheme in ("per_token", "per_row") and activations == "int8":
         notes.append(
             f"the checkpoint was made for activations {plan.format.scheme}; ONNX Runtime quantizes them per block, "
-            "so its figures differ from the recorded ones"
+            "so its figures differ from the recorded ones (recipes with a8 are made for that)"
         )
     for grid, bits, group_size in _schemes(checkpoint):
         what = in_words(grid)

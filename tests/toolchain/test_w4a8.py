@@ -278,7 +278,12 @@ def test_recipes_spell_activations_and_transforms() -> None:
     assert recipe.activations is not None
     assert recipe.transforms == ("rotate", "smooth")
     assert recipe.name == "w4g32a8-edge-rotate-smooth"
+    for letter, scheme in (("", "per_block"), ("t", "per_token"), ("r", "per_row"), ("s", "static_int8")):
+        named = load_recipe(f"w4g32a8{letter}-edge")
+        assert named.activations is not None
+        assert (named.activations.scheme, named.name) == (scheme, f"w4g32a8{letter}-edge")
     for name, message in (
+        ("w4g32a8q-edge", r"there is no 'a8q'\. There are: a8 \(per_block\), a8t \(per_token\)"),
         ("w4g32a8-edge-smoth", "transform 'smoth' is unknown; accepted: smooth"),
         ("w4g32-edge-smooth-smooth", "comes twice"),
     ):
