@@ -60,7 +60,9 @@ ActivationsOption = Annotated[
 ]
 FormOption = Annotated[
     str | None,
-    typer.Option("--form", help="onnx: qdq (default, standard operators) or fused (ONNX Runtime's own, and genai's)."),
+    typer.Option(
+        "--form", help="onnx: qdq (default, standard operators), fused (ONNX Runtime's own) or fused-int8 (no groups)."
+    ),
 ]
 ContextOption = Annotated[
     int | None,
@@ -181,6 +183,23 @@ def evaluate(
 
     quiet_transformers()
     _finish(stage(subject, text, reference=reference, tokens=tokens, sequence_length=seq_len).as_dict())
+
+
+@app.command("lm-eval")
+def lm_eval(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle directory.")],
+    tasks: Annotated[str, typer.Option("--tasks", help="Names of lm-eval's tasks, such as arc_easy,piqa.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")] = None,
+    shots: Annotated[int | None, typer.Option("--num-fewshot", min=0, help="Examples before each question.")] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include", help="A directory with tasks of your own (YAML).")
+    ] = None,
+) -> None:
+    """Tasks of lm-eval, answered by the bundle's program on this machine (needs the package lm-eval)."""
+    from runtime_tests.tasks import evaluate_tasks
+
+    quiet_transformers()
+    _finish(evaluate_tasks(bundle, _names(tasks), limit=limit, shots=shots, include=include).as_dict())
 
 
 @app.command()
