@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import calibration_rows, own_source, own_version, tensor_hash
 from benchmarks.report import OURS_COLOURS, PEER_COLOURS
-from boa_edge.errors import BoaEdgeError
+from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json, write_text
 from boa_edge.progress import say
 from boa_edge.quiet import quiet_libraries, quiet_transformers
@@ -44,9 +44,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "smooth": ("smooth",),
     "rotate": ("rotate",),
-    "rotate, smooth": ("rotate", "smooth"),
+    "rotate+smooth": ("rotate", "smooth"),
 }
-RECOMMENDED = "smooth"
+RECOMMENDED, GUARDED = "smooth", "guarded"
+ROWS = (*VARIANTS, GUARDED)
+_BUDGET = 0.1
 CHANNELS, FACTOR = 6, 256.0
 _WEIGHTS = {"bits": 4, "group_size": 32}
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default", help="a Llama-type model")
     parser.add_argument("--method", default="edge")
+    parser.add_argument("--variants", default=",".join(ROWS), help="rows, comma-separated (%(default)s)")
     parser.add_argument("--calibration", type=Path, required=True, help="text file")
     parser.add_argument("--text", type=Path, required=True, help="held-out text file")
     parser.add_argument("--sequences", type=int, default=32)
@@ -80,54 +83,65 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     rows = calibration_rows(calibration, given.sequences, given.length, 0)
     held_out = sequences(tokenize(read_text(given.text), source.tokenizer)[: given.tokens], given.length, given.text)
     done: list[dict[str, Any]] = []
+    words = given.variants.split(",")
+    if unknown := set(words) - set(ROWS):
+        problem = f"unknown variants {', '.join(sorted(unknown))}"
+        raise UsageError(problem, where="--variants", fix=f"Accepted: {', '.join(ROWS)}")
+    asked = [variant for variant in ROWS if variant in words]
     for name, model in (("as it is", source), ("planted", planted(source))):
-        for scheme, variant in [(None, "weights alone")] + [(s, v) for s in SCHEMES for v in (*VARIANTS, "guarded")]:
-            key = [
-                source.files,
-                own_source(),
-                given.method,
-                name,
-                scheme,
-                variant,
-                tensor_hash(rows),
-                tensor_hash(held_out),
-            ]
-            path = given.work / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-            if not path.exists():
+        for scheme, variant in [(None, "weights alone")] + [(s, v) for s in SCHEMES for v in asked]:
+            key = [source.files, own_source(), given.method, name, scheme, tensor_hash(rows), tensor_hash(held_out)]
+
+            def place(variant: str, key: list[Any] = key) -> Path:
+                digest = hashlib.sha256(json.dumps([*key, variant]).encode()).hexdigest()
+                kept: Path = given.work / f"{digest[:16]}.json"
+                return kept
+
+            if not place(variant).exists():
                 say(f"{name}: {scheme or 'floating point'}, {variant}")
-                document = measure(source, model, _recipe(given.method, scheme, variant), rows, held_out)
+                recipe = _recipe(given.method, scheme, RECOMMENDED if variant == GUARDED else variant)
                 given.work.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"model": name, "scheme": scheme, "variant": variant, **document})
-            done.append(read_json(path, "a row"))
+                for guarded, document in measure(source, model, recipe, rows, held_out):
+                    own = GUARDED if guarded else RECOMMENDED if variant == GUARDED else variant
+                    write_json(place(own), {"model": name, "scheme": scheme, "variant": own, **document})
+            done.append(read_json(place(variant), "a row"))
             given.output.mkdir(parents=True, exist_ok=True)
             write(given, done, source)
     return done
 
 
 def _recipe(method: str, scheme: str | None, variant: str) -> Recipe:
-    transforms = (RECOMMENDED,) if variant == "guarded" else VARIANTS.get(variant, ())
+    transforms = VARIANTS.get(variant, ())
     document: dict[str, Any] = {"method": method, "weights": _WEIGHTS, "transforms": list(transforms)}
     if scheme is not None:
-        document["activations"] = {"scheme": scheme, "budget": 0.1 if variant == "guarded" else None}
+        document["activations"] = {"scheme": scheme, "budget": _BUDGET if variant == RECOMMENDED else None}
     return parse_recipe(document, "benchmark")
 
 
 def measure(
     original: SourceModel, model: SourceModel, recipe: Recipe, rows: Tensor, held_out: Tensor
-) -> dict[str, Any]:
-    """One recipe on one model, against the original."""
+) -> list[tuple[bool, dict[str, Any]]]:
+    """One recipe on one model, against the original: without the guard and, where there is a budget, with it."""
     prepared = prepare(model, recipe, rows)
-    quantized = quantize_model(prepared.source, recipe, rows, activations=prepared.activations)
-    plan, kept = prepared.activations, 0
-    if plan is not None and recipe.activations is not None and recipe.activations.budget is not None:
-        plan = guard(prepared.source, quantized, plan, rows, recipe.activations.budget).plan
-        kept = len(plan.kept)
-    fake = FakeQuantized(prepared.source.model, prepared.source.spec, quantized.weights, plan)
-    score = evaluate_logits(
-        fake.logits, held_out, lambda tokens: original.model(tokens, use_cache=False).logits, f"scoring {recipe.name}"
-    )
+    quantized = quantize_model(prepared.source, recipe, rows, activations=prepared.activations, cache=prepared.cache)
+    plans = [prepared.activations]
+    if prepared.activations is not None and recipe.activations is not None and recipe.activations.budget is not None:
+        plans.append(guard(prepared.source, quantized, prepared.activations, rows, recipe.activations.budget).plan)
     largest = max((each.maximum for each in prepared.after), default=None)
-    return {"recipe": recipe.name, "kl": score.kl, "perplexity": score.perplexity, "kept": kept, "largest": largest}
+    found: list[tuple[bool, dict[str, Any]]] = []
+    for plan in plans:
+        if plan != plans[0] or not found:
+            fake = FakeQuantized(prepared.source.model, prepared.source.spec, quantized.weights, plan)
+            score = evaluate_logits(
+                fake.logits,
+                held_out,
+                lambda tokens: original.model(tokens, use_cache=False).logits,
+                f"scoring {recipe.name}",
+            )
+        kept = 0 if plan is None else len(plan.kept)
+        document = {"kl": score.kl, "perplexity": score.perplexity, "kept": kept, "largest": largest}
+        found.append((bool(found), {"recipe": recipe.name, **document}))
+    return found
 
 
 def planted(source: SourceModel) -> SourceModel:
