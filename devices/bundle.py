@@ -11,7 +11,7 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file
 
 # Of each runtime; the first is meant where a bundle names none.
-_FORMS = {"onnx": ("qdq", "fused"), "executorch": ("llm",)}
+_FORMS = {"onnx": ("qdq", "fused", "fused-int8"), "executorch": ("llm",)}
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Program:
 
     Attributes:
         runtime: which runner executes it.
-        form: which inputs it takes: `qdq`, `fused` or `llm` (docs/contracts.md).
+        form: which inputs it takes: `qdq`, `fused` (also `fused-int8`) or `llm` (docs/contracts.md).
         model: name of the model's file; the others stand beside it.
         files: names of the files that must be on the device.
         session_config: settings for the runtime, as text.

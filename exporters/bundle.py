@@ -22,7 +22,7 @@ SIGNATURE = "manifest.sig"
 REFERENCE = "reference"
 SCHEMA_VERSION: Literal[1] = 1
 
-Form = Literal["qdq", "fused", "llm"]
+Form = Literal["qdq", "fused", "fused-int8", "llm"]
 
 _EXPORT_AGAIN = "Export the bundle again"
 _COMPANIONS = (

@@ -89,14 +89,14 @@ void expect(const Port& port, int type, std::size_t rank) {
 
 // A decoder session and its KV cache.
 //
-// The two forms of a graph differ in where they keep the cache and in which logits they give. `qdq` takes the past and
+// The forms of a graph differ in where they keep the cache and in which logits they give. `qdq` takes the past and
 // returns it with the new tokens behind, and always gives all logits. `fused` writes into buffers of the caller's, which
 // are given as past and as present, and gives the last position's logits and, on request, those from a position on.
 class Decoder {
   public:
     // `capacity`: the most tokens that a sequence will have.
     Decoder(const Arguments& arguments, std::int64_t capacity)
-        : fused_(arguments.form == "fused"), capacity_(capacity) {
+        : fused_(arguments.form != "qdq"), capacity_(capacity) {
         ort::Env* env = nullptr;
         check(api->create_env(ort::kLogWarning, "boa-edge", &env), "environment");
         env_.reset(env);
@@ -306,7 +306,7 @@ const char* open_library() {
 }
 
 void run(int argc, char** argv) {
-    const Arguments arguments = boa::parse_arguments(argc, argv, {"qdq", "fused"}, {"--profile"});
+    const Arguments arguments = boa::parse_arguments(argc, argv, {"qdq", "fused", "fused-int8"}, {"--profile"});
     boa::stay_on(arguments.cores);
     const std::vector<std::int64_t> tokens = boa::read_tokens(arguments.tokens);
     const char* version = open_library();

@@ -72,7 +72,8 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
 def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tuple[str, ...]:
     notes = []
     plan = checkpoint.activations
-    if plan is not None and plan.format.scheme in ("per_token", "per_row") and activations == "int8":
+    rows = form == "fused-int8"  # (which says so itself)
+    if plan is not None and plan.format.scheme in ("per_token", "per_row") and activations == "int8" and not rows:
         notes.append(
             f"the checkpoint was made for activations {plan.format.scheme}; ONNX Runtime quantizes them per block, "
             "so its figures differ from the recorded ones (recipes with a8 are made for that)"
@@ -82,6 +83,8 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
         chosen = carrier(bits, group_size, activations)
         if grid == "embedding" and form == "qdq":
             chosen = carrier(8, group_size, activations)
+        if grid == "weights" and form == "fused-int8":
+            chosen = carrier(max(bits, 4), group_size, activations)
         if chosen.dtype.bitwidth > bits:
             notes.append(
                 f"{bits}-bit codes of {what} are carried in {chosen.dtype.bitwidth} bits: "
@@ -92,7 +95,7 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
                 f"{what}: 8-bit codes with float32 activations have no fast fused kernel; the runtime dequantizes them "
                 "at each call, which takes time and the memory of the float weights"
             )
-    if checkpoint.kv_cache is not None and form == "fused":
+    if checkpoint.kv_cache is not None and form != "qdq":
         notes.append(
             "an int8 cache takes a quarter of the memory, but ONNX Runtime's attention over it has no fast kernel for "
             "several tokens at once: prompts are read more slowly (docs/onnx.md)"
@@ -135,7 +138,8 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     verify(directory / MODEL, runtime, weights.size)
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
     chosen.companions(checkpoint, directory, runtime)
-    return Lowered(len(decoder.linears), weights.size, _notes(checkpoint, activations, name))
+    notes = (*_notes(checkpoint, activations, name), *decoder.notes)
+    return Lowered(len(decoder.linears), weights.size, notes)
 
 
 EXPORTER = Exporter(foresee=foresee, check=check, lower=lower, forms=tuple(FORMS), open=OnnxDecoder.open)

@@ -35,12 +35,14 @@ class DecoderBuilder(ABC):
     Attributes:
         activations: of the quantized linears but for those that the checkpoint keeps in floating point.
         linears: how the codes of each quantized linear are carried, by module name; filled while building.
+        notes: what the user should know of this graph; filled while building.
     """
 
     g: GraphBuilder
     checkpoint: Checkpoint
     activations: Activations
     linears: dict[str, Carrier] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @abstractmethod
     def build(self) -> None:

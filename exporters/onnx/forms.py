@@ -10,6 +10,7 @@ from exporters.base import Activations
 from exporters.bundle import Form, RuntimeConfig
 from exporters.onnx.decoder import DecoderBuilder
 from exporters.onnx.fused import FusedDecoder
+from exporters.onnx.fused_int8 import FusedInt8Decoder
 from exporters.onnx.genai import write_genai_config
 from exporters.onnx.kernels import per_node_config, session_config
 from exporters.onnx.qdq import QdqDecoder
@@ -34,4 +35,5 @@ class FormOf:
 FORMS: dict[Form, FormOf] = {
     "qdq": FormOf(QdqDecoder, session_config),
     "fused": FormOf(FusedDecoder, per_node_config, write_genai_config),
+    "fused-int8": FormOf(FusedInt8Decoder, per_node_config, write_genai_config),
 }

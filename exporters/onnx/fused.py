@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -166,16 +166,21 @@ class FusedDecoder(DecoderBuilder):
             return self.projections(h, names, "q", "k", "v")
         weights = [self.checkpoint.quantized(module) for module in modules]
         grids = {(each.group_size, each.zero_points is None) for each in weights}
-        ways = {self._carrier(module, weight) for module, weight in zip(modules, weights, strict=True)}
+        ways = {self.carrier(module, weight) for module, weight in zip(modules, weights, strict=True)}
         precisions = {self.precision(module) for module in modules}
         if len(grids) > 1 or len(ways) > 1 or len(precisions) > 1 or not next(iter(ways)).fused:
             return self.projections(h, names, "q", "k", "v")
-        way = next(iter(ways))
         name = f"{names.q.rpartition('.')[0]}.qkv_proj"
-        self.linears.update(dict.fromkeys(modules, way))
-        stored = store_nbits(self.g, name, weights, way.dtype.bitwidth)
-        bias = self.bias(name, modules)
-        return (nbits_linear(self.g, h, scope(name), stored, self.precision(names.q), bias),)
+        self.linears.update(dict.fromkeys(modules, *ways))
+        return (self.product(h, name, modules, weights, self.bias(name, modules)),)
+
+    def product(
+        self, x: ir.Value, name: str, modules: Sequence[str], weights: Sequence[QuantizedWeight], bias: ir.Value | None
+    ) -> ir.Value:
+        """x times the weights of `modules` below each other, which are carried alike, as the linear `name`."""
+        bits = self.carrier(modules[0], weights[0]).dtype.bitwidth
+        stored = store_nbits(self.g, name, weights, bits)
+        return nbits_linear(self.g, x, scope(name), stored, self.precision(modules[0]), bias)
 
     def linear(self, x: ir.Value, module: str) -> ir.Value:
         g = self.g
@@ -184,14 +189,14 @@ class FusedDecoder(DecoderBuilder):
             y = float_linear(g, x, module, self.parameter(f"{module}.weight"))
             return y if bias is None else add_bias(g, y, module, bias)
         weight = self.checkpoint.quantized(module)
-        way = self.linears[module] = self._carrier(module, weight)
+        way = self.linears[module] = self.carrier(module, weight)
         if way.fused:
-            stored = store_nbits(g, module, [weight], way.dtype.bitwidth)
-            return nbits_linear(g, x, scope(module), stored, self.precision(module), bias)
+            return self.product(x, module, (module,), (weight,), bias)
         y = quantized_linear(g, x, module, store(g, module, weight, way))
         return y if bias is None else add_bias(g, y, module, bias)
 
-    def _carrier(self, module: str, weight: QuantizedWeight) -> Carrier:
+    def carrier(self, module: str, weight: QuantizedWeight) -> Carrier:
+        """How the codes of a linear are carried."""
         return carrier(weight.bits, weight.group_size, self.precision(module))
 
     def _embedding(self, ids: ir.Value) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
@@ -210,7 +215,7 @@ class FusedDecoder(DecoderBuilder):
             return nbits_embedding(g, ids, path, store_nbits(g, module, [table], bits, table=True)), (
                 lambda x: self.linear(x, spec.head)
             )
-        way = self.linears[spec.head] = self._carrier(spec.head, table)
+        way = self.linears[spec.head] = self.carrier(spec.head, table)
         if not way.fused:
             plain = store(g, spec.head, table, way)
             return tied_embedding(g, ids, module, plain), lambda x: quantized_linear(g, x, spec.head, plain)

@@ -70,6 +70,8 @@ def refusals(asked: Asked) -> Iterator[Refusal]:
             "it would dequantize both at each call",
             "Choose activations of scheme per_block, or export with --activations float32",
         )
+    if asked.form == "fused-int8":
+        yield from _of_integers(asked)
     for grid, size in asked.groups:
         if size is not None and size not in FUSED_GROUPS:
             sizes = ", ".join(map(str, FUSED_GROUPS))
@@ -80,11 +82,27 @@ def refusals(asked: Asked) -> Iterator[Refusal]:
             )
 
 
+def _of_integers(asked: Asked) -> Iterator[Refusal]:
+    if asked.activations != "int8":
+        yield Refusal(
+            "activations",
+            "the form fused-int8 multiplies int8 inputs, and float32 ones are asked for",
+            "Export with --activations int8, or --form fused",
+        )
+    if any(grid == "weights" and size is not None for grid, size in asked.groups):
+        yield Refusal(
+            "weights",
+            "the form fused-int8 is for one scale per output channel: with groups, one product for each of them takes "
+            "more than twice as long as the 4-bit kernel",
+            "Export with --form fused, or quantize without groups (such as w4a8-edge)",
+        )
+
+
 def _of_model(spec: DecoderSpec, form: Form) -> Iterator[Refusal]:
     family = f"ONNX export of the family {spec.family!r}"
     if spec.activation not in ACTIVATIONS:
         problem = f"{family} is not there yet, for want of: activation {spec.activation!r}"
         yield Refusal("model", problem, f"Accepted: {', '.join(ACTIVATIONS)}")
-    if form == "fused" and spec.head_dim % _HEAD_MULTIPLE:
+    if form != "qdq" and spec.head_dim % _HEAD_MULTIPLE:
         problem = f"{family}: attention of the fused form has no heads of {spec.head_dim} channels"
         yield Refusal("model", problem, f"Export with --form qdq; heads of a multiple of {_HEAD_MULTIPLE} go")
