@@ -12,6 +12,7 @@ from torch import Tensor
 from boa_edge.progress import track
 
 Logits = Callable[[Tensor], Tensor]
+_ELEMENTS = 1 << 22  # that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def evaluate_all(models: Sequence[Logits], sequences: Tensor, reference: Logits 
             truth = torch.log_softmax(reference(row[None])[0, :-1].float(), -1)
             reference_nll -= float(truth.gather(1, targets).sum(dtype=torch.float64))
         for index, model in enumerate(models):
-            scores = torch.log_softmax(model(row[None])[0, :-1].float(), -1)
-            nll[index] -= float(scores.gather(1, targets).sum(dtype=torch.float64))
-            if truth is not None:
-                divergence[index] += float((truth.exp() * (truth - scores)).sum(dtype=torch.float64))
-                agreed[index] += int((truth.argmax(-1) == scores.argmax(-1)).sum())
+            logits = model(row[None])[0, :-1]
+            for part in _parts(*logits.shape):
+                scores = torch.log_softmax(logits[part].float(), -1)
+                nll[index] -= float(scores.gather(1, targets[part]).sum(dtype=torch.float64))
+                if truth is not None:
+                    divergence[index] += float((truth[part].exp() * (truth[part] - scores)).sum(dtype=torch.float64))
+                    agreed[index] += int((truth[part].argmax(-1) == scores.argmax(-1)).sum())
     predicted = sequences.shape[0] * (sequences.shape[1] - 1)
     return [
         Fidelity(
@@ -71,6 +74,12 @@ def evaluate_all(models: Sequence[Logits], sequences: Tensor, reference: Logits 
         )
         for index in range(len(models))
     ]
+
+
+def _parts(positions: int, vocabulary: int) -> list[slice]:
+    """Slices of the positions, each of some 16 MB: what is larger is handed back to the system and fetched again."""
+    size = max(1, _ELEMENTS // vocabulary)
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def _perplexity(nll: float, predicted: int) -> float:
