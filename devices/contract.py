@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Execution = Literal["measured", "emulated", "estimated"]
 Event = dict[str, Any]
+
+
+class GaugeSample(NamedTuple):
+    """What a battery's gauge said. The sign of the current differs from maker to maker."""
+
+    seconds: float
+    amperes: float
+    volts: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class GenerateRequest:
         threads: intra-op threads of the runtime.
         profile: have the runtime record the time of every operator, which slows it down.
         cores: numbers of the CPU cores to run on; empty for any.
+        battery: whose gauge is read once a second meanwhile, as the device's state names it; None for none.
     """
 
     prompt: tuple[int, ...]
@@ -40,6 +49,7 @@ class GenerateRequest:
     threads: int = 1
     profile: bool = False
     cores: tuple[int, ...] = ()
+    battery: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class RunResult:
             has no such probes.
         notes: what a reader of the figures has to know of this run.
         profile: the runtime's record of every operator, in the runtime's own format, where it was asked for.
+        gauge: what the battery's gauge said, where that was asked for.
     """
 
     events: tuple[Event, ...]
@@ -81,6 +92,7 @@ class RunResult:
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     profile: bytes | None = None
+    gauge: tuple[GaugeSample, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,9 @@ class RunnerDevice:
                 workplace.push(program.directory / name, name)
             self._push_tokens(workplace, request)
             arguments = _arguments(program, request, workplace)
+            battery = request.battery if isinstance(request, GenerateRequest) else None
+            if battery is not None:
+                workplace.watch(battery)
             below = self._profile.start_below_c if isinstance(request, GenerateRequest) else None
             before = wait_until_cool(workplace.state, below, self._profile.cool_down_limit_s, self.name)
             events = self._execute(workplace, executable, arguments, program, request, on_event)
@@ -135,6 +138,7 @@ class RunnerDevice:
                 state={"before": before, "after": after} if before or after else {},
                 notes=self._transport.notes(),
                 profile=profile,
+                gauge=() if battery is None else workplace.gauge(),
             )
 
     def _missing(self, runtime: str | None = None) -> tuple[str, ...]:

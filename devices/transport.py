@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from boa_edge.errors import BoaEdgeError
 from devices.binaries import Target
-from devices.contract import Execution
+from devices.contract import Execution, GaugeSample
 from devices.process import Outcome
 
 
@@ -60,6 +60,14 @@ class Workplace(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Temperature, clocks and battery as they are now, JSON-ready; empty where there are no such probes."""
+        ...
+
+    def watch(self, battery: str) -> None:
+        """Read this battery's gauge once a second during the next run. Only where `state` names a battery."""
+        ...
+
+    def gauge(self) -> tuple[GaugeSample, ...]:
+        """What it said during the last run."""
         ...
 
     def pull(self, name: str) -> Path:

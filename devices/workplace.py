@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from boa_edge.files import disk_errors
+from devices.contract import GaugeSample
 from devices.locks import only_one
 from devices.paths import cache_directory
 from devices.process import Outcome, run_lines
@@ -60,6 +61,12 @@ class LocalWorkplace:
 
     def state(self) -> dict[str, Any]:
         return {}
+
+    def watch(self, battery: str) -> None:
+        raise ValueError("this machine's batteries are not looked at")
+
+    def gauge(self) -> tuple[GaugeSample, ...]:
+        return ()
 
     def pull(self, name: str) -> Path:
         return self.directory / name

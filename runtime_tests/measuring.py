@@ -16,6 +16,7 @@ from boa_edge.files import disk_errors, output_directory, write_json, write_text
 from boa_edge.progress import say
 from devices.contract import Device, Execution, GenerateRequest, RunResult, ScoreRequest
 from runtime_tests.cost import cost
+from runtime_tests.energy import energy, obstacle, repeats
 from runtime_tests.estimate import estimates
 from runtime_tests.events import Generation, attention_of, gather_generation, load_time, runtime_of, score_time
 from runtime_tests.facts import BundleFacts, open_bundle
@@ -25,7 +26,7 @@ from runtime_tests.following import follow
 from runtime_tests.generation import compare_greedy, notes
 from runtime_tests.labels import visible
 from runtime_tests.metrics import Logits
-from runtime_tests.model import DeviceFacts, OperatorProfile, Report, Settings, Tool
+from runtime_tests.model import DeviceFacts, Energy, OperatorProfile, Report, Settings, Tool
 from runtime_tests.origin import quantization
 from runtime_tests.profiling import profile_name, read_profile
 from runtime_tests.reading import REPORT
@@ -167,7 +168,20 @@ class _Session:
             path.write_bytes(result.profile)
         return read_profile(path, self._facts.deployed.runtime, result.execution)
 
-    def _workload(self, warmup: int, repeats: int, threads: int, *, profile: bool = False) -> GenerateRequest:
+    def energy(self, generation: Generation) -> Energy:
+        """The workload again, as often as its battery's gauge needs it, or why not."""
+        state = self.results[-1].state.get("after", {})
+        reason = obstacle(state, self._device.execution)
+        if reason is not None:
+            return Energy(reason=reason)
+        count, battery = repeats(generation), state["gauge"]["battery"]
+        say(f"{visible(self._device.name)}: {count} x {self._settings.workload}, the battery's gauge read meanwhile")
+        result = self._run(self._workload(0, count, self._settings.threads, battery=battery))
+        return energy(result.gauge, generation)
+
+    def _workload(
+        self, warmup: int, repeats: int, threads: int, *, profile: bool = False, battery: str | None = None
+    ) -> GenerateRequest:
         settings = self._settings
         return GenerateRequest(
             self._workload_prompt(),
@@ -177,6 +191,7 @@ class _Session:
             threads,
             profile=profile,
             cores=settings.cores,
+            battery=battery,
         )
 
     def _workload_prompt(self) -> tuple[int, ...]:
@@ -225,6 +240,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
     for threads in settings.sweep:
         announce(threads)
         sweep.append(thread_row(threads, session.generate(threads), execution))
+    used = session.energy(generation)
     operators = None
     if profile is not None:
         say(f"{name}: generating once more, every operator timed ({execution})")
@@ -241,6 +257,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         sweep=tuple(sweep),
         memory=memory(generation, execution),
         cost=cost(session.results),
+        energy=used,
         samples=samples(generation, loads, score_time(session.results[0]), execution),
         quantization=quantization(facts.provenance, facts.deployed.recipe),
         profile=operators,

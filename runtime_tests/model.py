@@ -248,6 +248,20 @@ class Cost(Frozen):
     instructions_per_token: Figure
 
 
+class Energy(Frozen):
+    """By the battery's own gauge.
+
+    Attributes:
+        power: mean, while the workload ran.
+        per_token: that power for the mean time of a generated token.
+        reason: why neither was measured.
+    """
+
+    power: Figure | None = None
+    per_token: Figure | None = None
+    reason: str | None = None
+
+
 class RunSamples(Frozen):
     """One generation run: nanoseconds of the prompt with the first token, and of each token after it."""
 
@@ -474,6 +488,7 @@ class Report(Frozen):
     sweep: tuple[ThreadRow, ...] = ()
     memory: Memory
     cost: Cost | None = None
+    energy: Energy | None = None
     samples: Samples
     quantization: Quantization
     variants: tuple[Variant, ...] = ()

@@ -53,4 +53,5 @@ def main_figures(report: Report) -> list[tuple[str, Figure | None]]:
         *((label(name, execution), getattr(report.speed, name)) for name in type(report.speed).model_fields),
         (label("peak_rss", execution), report.memory.peak_rss),
         *((("Instructions per token", report.cost.instructions_per_token),) if report.cost else ()),
+        *((("Energy per token", report.energy.per_token),) if report.energy and report.energy.per_token else ()),
     ]

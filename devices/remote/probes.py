@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from devices.remote import gauge
 from devices.remote.shell import RemoteShell, ask
 
 UNAVAILABLE = "unavailable"
@@ -135,6 +136,7 @@ _FINGERPRINT = (
 _STATE = (
     Probe("current_khz", f"each '{_CPU}/cpu*/cpufreq/scaling_cur_freq' {_CPU}/", _per_core),
     Probe("battery", "dumpsys battery", _battery),
+    Probe("gauge", gauge.COMMAND, gauge.parse),
     Probe("thermal_status", "dumpsys thermalservice", _thermal_status),
     Probe(
         "temperatures_c",

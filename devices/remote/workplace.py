@@ -13,7 +13,9 @@ from typing import Any
 
 from boa_edge.files import sha256_file
 from devices.binaries import LOADER
+from devices.contract import GaugeSample
 from devices.process import Outcome, run_lines
+from devices.remote import gauge
 from devices.remote.hashing import fetch_checked
 from devices.remote.marker import TIMED_OUT, EndMarker, as_signal
 from devices.remote.probes import read_state
@@ -21,6 +23,7 @@ from devices.remote.shell import RemoteShell, ask, demand, lost
 from devices.remote.store import Store
 from devices.transport import ConnectionLostError
 
+_GAUGE = "gauge"
 _ENVIRONMENT = "LC_ALL=C ORT_DISABLE_TELEMETRY=1"
 
 # Ends what works in a run's directory: the recorded process, and others, because a program may have children.
@@ -56,6 +59,7 @@ class RemoteWorkplace:
         self.directory = f"{base}/runs/{secrets.token_hex(8)}"
         self._waiting: dict[str, tuple[str, Path]] = {}
         self._names: set[str] = set()
+        self._battery: str | None = None
         self._local = tempfile.TemporaryDirectory(prefix="boa-edge-")
         demand(shell, f"mkdir {shlex.quote(self.directory)}", "a run's directory cannot be made")
 
@@ -104,6 +108,13 @@ class RemoteWorkplace:
     def state(self) -> dict[str, Any]:
         return read_state(self._shell)
 
+    def watch(self, battery: str) -> None:
+        self._battery = battery
+
+    def gauge(self) -> tuple[GaugeSample, ...]:
+        path = self.pull(_GAUGE)
+        return gauge.read_samples(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ()
+
     def pull(self, name: str) -> Path:
         target = Path(self._local.name) / f"pulled-{name}"
         fetch_checked(self._shell, self._hasher, self.path(name), target)
@@ -144,12 +155,13 @@ class RemoteWorkplace:
             start = f"env {_ENVIRONMENT} LD_LIBRARY_PATH={shlex.quote(self.directory)} {program}"
         # What waits works elsewhere: whatever works in the directory is taken for the program.
         late = shlex.quote(self.path("timed-out"))
+        look = "" if self._battery is None else gauge.sampling(self._battery, shlex.quote(self.path(_GAUGE)))
         return f"""{_END}cd {shlex.quote(self.directory)} || exit 1
 {start} </dev/null &
 p=$!
 echo $p > pid
 ( cd /; n={self._time_limit}
-while [ $n -gt 0 ] && kill -0 $p 2>/dev/null; do sleep 1; n=$((n-1)); done
+while [ $n -gt 0 ] && kill -0 $p 2>/dev/null; do sleep 1; n=$((n-1)); {look}done
 kill -0 $p 2>/dev/null && echo > {late} && kill -9 $p ) </dev/null >/dev/null 2>&1 &
 w=$!
 wait $p

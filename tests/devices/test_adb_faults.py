@@ -11,6 +11,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from devices.contract import Event
 from devices.device import RunnerDevice
 from devices.profile import read_profile
 from devices.transport import ConnectionLostError
+from runtime_tests.energy import obstacle
 from runtime_tests.events import gather_generation
 from runtime_tests.throttling import throttling_notes
 
@@ -501,6 +504,49 @@ def test_temperatures_and_clocks_are_read_before_and_after(make: Make, daemon: A
     assert state["after"]["temperatures_c"] == {"zone0:cpu": 78.0}
     assert (state["before"]["thermal_status"], state["after"]["thermal_status"]) == (0, 3)
     assert state["before"]["battery"] == {"level_percent": 81, "temperature_c": 26.4, "powered_by": ["USB"]}
+
+
+def battery(daemon: Adbd, status: str, current: str) -> None:
+    for name, content in {
+        "type": "Battery",
+        "status": status,
+        "current_now": current,
+        "voltage_now": "3800000",
+    }.items():
+        daemon.phone.write(f"sys/class/power_supply/bms/{name}", f"{content}\n")
+
+
+def test_a_batterys_gauge_is_read_beside_a_run_that_asks_for_it(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    daemon.phone.write("sys/class/power_supply/usb/type", "USB\n")
+    device = make(f"sleep 3.2; {RIGHT}")
+    assert device.run(tiny_bundle, GENERATE).state["before"]["gauge"] == "unavailable"
+    battery(daemon, "Discharging", "-512000")
+    result = device.run(tiny_bundle, GENERATE)
+    wanted = {"battery": "bms", "status": "Discharging", "current_ua": -512000, "voltage_uv": 3800000}
+    assert result.state["after"]["gauge"] == wanted
+    assert result.gauge == ()
+    result = device.run(tiny_bundle, replace(GENERATE, battery="bms"))
+    assert_right(result)
+    assert len(result.gauge) >= 2
+    assert {(sample.amperes, sample.volts) for sample in result.gauge} == {(-0.512, 3.8)}
+    assert all(one.seconds < two.seconds for one, two in pairwise(result.gauge))
+    assert obstacle(result.state["after"], "measured") is None
+    assert_clean(daemon)
+    battery(daemon, "Charging", "300000")
+    assert "unplug it" in str(obstacle(device.run(tiny_bundle, GENERATE).state["after"], "measured"))
+    with pytest.raises(ValueError, match="no battery's name"):
+        device.run(tiny_bundle, replace(GENERATE, battery="$(reboot)"))
+
+
+def test_a_gauge_that_is_denied_is_not_zero(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    battery(daemon, "Discharging", "x")
+    daemon.phone.program(
+        "cat", 'case "$1" in */current_now) echo "cat: $1: Permission denied" >&2; exit 1;; esac; exec /bin/cat "$@"'
+    )
+    result = make("sleep 1.5; " + RIGHT).run(tiny_bundle, replace(GENERATE, battery="bms"))
+    assert result.state["before"]["gauge"] == "denied"
+    assert result.gauge == ()
+    assert "denies" in str(obstacle(result.state["after"], "measured"))
 
 
 def test_a_phone_that_throttles_is_found_out_twice(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from boa_edge.files import sha256_file
-from devices.contract import Event, Execution, GenerateRequest, RunResult, ScoreRequest
+from devices.contract import Event, Execution, GaugeSample, GenerateRequest, RunResult, ScoreRequest
 from runtime_tests import Report, measure
 
 VOCABULARY = 64
@@ -243,6 +243,8 @@ class FakeDevice:
     alter: Callable[[list[Event]], list[Event]] = lambda events: events
     memory: dict[str, Any] = field(default_factory=lambda: {"peak_rss_bytes": 412_000_000, "rss_bytes": 390_000_000})
     requests: list[GenerateRequest | ScoreRequest] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    gauge: tuple[GaugeSample, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -277,6 +279,8 @@ class FakeDevice:
             command=("boa-edge-runner-onnx", "--model", "model.onnx", "--mode", "generate" if generate else "score"),
             files={"boa-edge-runner-onnx": hashlib.sha256(b"runner").hexdigest(), "libonnxruntime.so.1": "cd" * 32},
             execution=self.execution,
+            state={"before": self.state, "after": self.state} if self.state else {},
+            gauge=self.gauge if isinstance(request, GenerateRequest) and request.battery else (),
         )
 
     def _start(self, mode: str, tokens: int) -> list[Event]:
