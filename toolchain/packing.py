@@ -11,6 +11,8 @@ from torch import Tensor
 
 from toolchain.quantized import QuantizedWeight
 
+_CODES_AT_ONCE = 1 << 22  # unpacking takes up to 13 bytes for each
+
 
 def pack(weight: QuantizedWeight, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors `weight_packed` int32, `weight_scale` [out, groups], `weight_shape`, maybe `weight_zero_point` int32.
@@ -44,12 +46,25 @@ def unpack(tensors: Mapping[str, Tensor], bits: int, group_size: int | None) -> 
     if zero_points is not None:
         zero_points = unpack_from_int32(zero_points, bits, torch.Size((rows, scales.shape[1])), packed_dim=0)
     return QuantizedWeight(
-        codes=unpack_from_int32(tensors["weight_packed"], bits, shape).contiguous(),
+        codes=_unpack_rows(tensors["weight_packed"], bits, shape),
         scales=scales.contiguous(),
         zero_points=None if zero_points is None else zero_points.contiguous(),
         bits=bits,
         group_size=group_size,
     )
+
+
+def _unpack_rows(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """int8 of `shape`, some rows at a time: a table of 128k tokens would take some 7 GB at once."""
+    rows, columns = shape
+    if tuple(packed.shape) != (rows, -(-columns * bits // 32)):
+        raise ValueError(f"packed codes of shape {tuple(packed.shape)} for a weight of shape {tuple(shape)}")
+    codes = torch.empty(shape, dtype=torch.int8)
+    step = max(1, _CODES_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        part = packed[start : start + step]
+        codes[start : start + step] = unpack_from_int32(part, bits, torch.Size((part.shape[0], columns)))
+    return codes
 
 
 def scheme(weight: QuantizedWeight, targets: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from exporters.bundle import RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token
 from exporters.onnx.foresight import foresee
 from exporters.onnx.forms import FORMS
 from exporters.onnx.graph import GraphBuilder
-from exporters.onnx.kernels import carrier
+from exporters.onnx.kernels import as_planned, carrier
 from exporters.onnx.lowerable import Asked, Grid, Place, in_words, refusals
 from exporters.onnx.session import OnnxDecoder
 from exporters.onnx.verify import verify
@@ -32,6 +32,15 @@ _OPSET_INT2 = 25
 
 _EMBEDDING = "embedding.safetensors"
 _WHERE: dict[Place, str] = {"activations": ACTIVATIONS, "kv_cache": KV_CACHE, "embedding": _EMBEDDING}
+
+
+# Of schemes with one scale per row, what ONNX Runtime does instead.
+_ROWS = {
+    "per_token": "the checkpoint was made for activations per_token; ONNX Runtime quantizes them per block, so its "
+    "figures differ from the recorded ones",
+    "per_row": "activations are per_row where ARM's KleidiAI kernels run, which this bundle leaves switched on; "
+    "elsewhere ONNX Runtime quantizes them per block, so that figures differ from the recorded ones",
+}
 
 
 def _schemes(checkpoint: Checkpoint) -> list[tuple[Grid, int, int | None]]:
@@ -72,12 +81,8 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
 def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tuple[str, ...]:
     notes = []
     plan = checkpoint.activations
-    rows = form == "fused-int8"  # (which says so itself)
-    if plan is not None and plan.format.scheme in ("per_token", "per_row") and activations == "int8" and not rows:
-        notes.append(
-            f"the checkpoint was made for activations {plan.format.scheme}; ONNX Runtime quantizes them per block, "
-            "so its figures differ from the recorded ones (recipes with a8 are made for that)"
-        )
+    if plan is not None and plan.format.scheme in _ROWS and activations == "int8" and form != "fused-int8":
+        notes.append(_ROWS[plan.format.scheme])
     for grid, bits, group_size in _schemes(checkpoint):
         what = in_words(grid)
         chosen = carrier(bits, group_size, activations)
@@ -109,7 +114,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     Raises:
         BoaEdgeError: the checkpoint is broken, or the graph fails a check.
     """
-    spec, activations = checkpoint.spec, request.activations
+    spec, activations, plan = checkpoint.spec, request.activations, checkpoint.activations
     name = cast(Form, request.form)
     chosen = FORMS[name]
     ends, begin = token_ids(checkpoint)
@@ -119,7 +124,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         model=MODEL,
         form=name,
         activations=activations,
-        session_config=chosen.session_config(activations),
+        session_config=as_planned(chosen.session_config(activations), None if plan is None else plan.format.scheme),
         context_length=spec.max_positions,
         eos_token_ids=ends,
         bos_token_id=begin,

@@ -250,6 +250,11 @@ def test_static_activations_are_refused(form: Form, make_tiny: MakeTiny, tmp_pat
     write_json(tiny.path / "activations.json", {**plan, "scheme": "per_token", "ranges": {}})
     result = export(tiny.path, "onnx", tmp_path / "other", form=form)
     assert any("per_token" in note and "per block" in note for note in result.notes)
+    assert "mlas.disable_kleidiai" in Bundle.open(tmp_path / "other").runtime.session_config
+    write_json(tiny.path / "activations.json", {**plan, "scheme": "per_row", "ranges": {}})
+    result = export(tiny.path, "onnx", tmp_path / "rows", form=form)
+    assert any("KleidiAI" in note for note in result.notes)
+    assert "mlas.disable_kleidiai" not in Bundle.open(tmp_path / "rows").runtime.session_config
 
 
 def test_forms_by_name(make_tiny: MakeTiny, tmp_path: Path) -> None:
