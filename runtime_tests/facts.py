@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json
 from exporters.bundle import Bundle
-from runtime_tests.activations import quantizes_activations
 from runtime_tests.figure import figure
 from runtime_tests.model import BundleFile, Deployed
 from runtime_tests.placement import read_placement
 from runtime_tests.provenance import Provenance, read_provenance
 from runtime_tests.reference import Reference, read_reference
+from toolchain.recipe import Recipe
 
 _FIX = "Export the checkpoint again"
 
@@ -92,14 +93,10 @@ def _recipe(path: Path) -> dict[str, Any] | None:
 
 
 def _spelled(recipe: dict[str, Any] | None) -> str | None:
-    """The name that a recipe's fields spell, e.g. `w4g32a8-edge-smooth`; as `toolchain.recipe.Recipe.name` does."""
-    weights, method = (recipe or {}).get("weights"), (recipe or {}).get("method")
-    if not isinstance(weights, dict) or "bits" not in weights or not isinstance(method, str):
+    """The name that a recipe's fields spell, e.g. `w4g32a8-edge-smooth`; None for what is no recipe of this version."""
+    if recipe is None:
         return None
-    bits = weights["bits"] if weights.get("budget_mb") is None else f"mix{weights['budget_mb']:.10g}mb"
-    group = f"g{weights['group_size']}" if weights.get("group_size") else ""
-    asym = "" if weights.get("symmetric", True) else "asym"
-    a8 = "a8" if quantizes_activations(recipe) else ""
-    transforms = (recipe or {}).get("transforms") or ()
-    names = map(str, transforms) if isinstance(transforms, list | tuple) else ()
-    return "-".join([f"w{bits}{group}{asym}{a8}", method, *names])
+    try:
+        return Recipe.model_validate(recipe).name
+    except ValidationError:
+        return None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from boa_edge.errors import UsageError
-from boa_edge.pipeline import run_all
+from boa_edge.pipeline import default_recipe, run_all
 from exporters import EXPORTERS, Request
 from tests.conftest import make_model, tiny_config
 from tests.toolchain.families import CONFIGS
@@ -22,6 +22,7 @@ def recipe(**fields: Any) -> Any:
     return parse_recipe({"method": "rtn", "weights": weights, **fields}, "test")
 
 
+WITHOUT_GROUPS = ("fused-int8",)
 REFUSED = {
     "executorch": [
         ({"weights": {"symmetric": False}}, "zero points"),
@@ -54,11 +55,25 @@ def test_recipes_that_no_program_holds(runtime: str, fields: dict[str, Any], say
 
 @pytest.mark.parametrize("runtime", sorted(EXPORTERS))
 def test_the_default_recipe_suits_every_runtime(runtime: str) -> None:
+    """And the one that a runtime has for itself has its activations."""
     exporter = EXPORTERS[runtime]
+    own = load_recipe(default_recipe(runtime))
+    assert own.activations is not None
+    assert own.activations.scheme == {"onnx": "per_block", "executorch": "per_token"}[runtime]
     for form in exporter.forms:
-        exporter.foresee(load_recipe(DEFAULT_RECIPE), None, Request("int8", form))
-        if runtime == "onnx":
-            exporter.foresee(load_recipe("w4g32a8kv8-edge"), None, Request("int8", form))
+        if form in WITHOUT_GROUPS:
+            continue
+        for name in (DEFAULT_RECIPE, own.name) + (("w4g32a8kv8-edge",) if runtime == "onnx" else ()):
+            exporter.foresee(load_recipe(name), None, Request("int8", form))
+    assert default_recipe("all") == DEFAULT_RECIPE
+
+
+@pytest.mark.parametrize("form", WITHOUT_GROUPS)
+def test_forms_for_codes_without_groups(form: str) -> None:
+    foresee = EXPORTERS["onnx"].foresee
+    foresee(load_recipe("w4a8-edge-smooth"), None, Request("int8", form))
+    with pytest.raises(UsageError, match=r"one scale per output channel.*--form fused"):
+        foresee(load_recipe(DEFAULT_RECIPE), None, Request("int8", form))
 
 
 def test_models_that_no_program_holds() -> None:
@@ -74,16 +89,17 @@ def test_models_that_no_program_holds() -> None:
 @pytest.mark.parametrize("form", EXPORTERS["onnx"].forms)
 def test_models_that_no_graph_holds(form: str) -> None:
     foresee = EXPORTERS["onnx"].foresee
+    chosen = recipe(weights={"group_size": None}) if form in WITHOUT_GROUPS else recipe()
     opt = describe(CONFIGS["opt"]().to_dict() | {"architectures": ["OPTForCausalLM"]}, "test")
-    foresee(recipe(), opt, Request("int8", form))
+    foresee(chosen, opt, Request("int8", form))
     with pytest.raises(UsageError, match=r"for want of: activation 'swish2'.*relu"):
-        foresee(recipe(), replace(opt, activation="swish2"), Request("int8", form))
+        foresee(chosen, replace(opt, activation="swish2"), Request("int8", form))
     narrow = replace(opt, head_dim=12)
-    if form == "fused":
-        with pytest.raises(UsageError, match=r"heads of 12 channels.*--form qdq"):
-            foresee(recipe(), narrow, Request("int8", form))
+    if form == "qdq":
+        foresee(chosen, narrow, Request("int8", form))
     else:
-        foresee(recipe(), narrow, Request("int8", form))
+        with pytest.raises(UsageError, match=r"heads of 12 channels.*--form qdq"):
+            foresee(chosen, narrow, Request("int8", form))
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ def test_every_scheme_has_words() -> None:
         "w2asym-rtn",
         "wmix83mbg32-edge",
         "w4g32a8-edge-smooth",
+        "w4g32a8tkv8-edge-smooth",
         "w4g32asyma8-boa-rotate-smooth",
         "w8a8-rtn",
     ],
