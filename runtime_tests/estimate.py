@@ -52,14 +52,14 @@ def estimates(deployed: Deployed, config: dict[str, Any]) -> tuple[Estimate, ...
 def bytes_per_token(deployed: Deployed, config: dict[str, Any]) -> int | None:
     """Bytes of weights that one generated token reads; None where config.json does not say what the table is.
 
-    All of the model's files but a table that is only looked up: one that is not the head's, or stands beside the head's
-    copy. The keys and values of the text so far come on top; at a few hundred tokens they are little beside that.
+    All of the model's files but a table that is only looked up, since it is not the head's. The keys and values of the
+    text so far come on top; at a few hundred tokens they are little beside that.
     """
     size = deployed.model_size.number
     vocabulary, width = config.get("vocab_size"), config.get("hidden_size")
     if size is None or not isinstance(vocabulary, int) or not isinstance(width, int):
         return None
-    looked_up = deployed.runtime == "executorch" or config.get("tie_word_embeddings") is False
+    looked_up = config.get("tie_word_embeddings") is False
     return round(size - (_table_bytes(deployed.recipe or {}, vocabulary, width) if looked_up else 0))
 
 

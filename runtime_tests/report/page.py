@@ -90,8 +90,8 @@ def split_text(report: Report, continuation: Continuation) -> tuple[str, str]:
 
 
 def breakable(name: str) -> Markup:
-    """A long name that may be broken after a slash, a dot, a hyphen or an underscore."""
-    return Markup(re.sub(r"([/._-])", r"\1<wbr>", str(escape(visible(name)))))
+    """A long name that may be broken after a slash, a dot, a hyphen or an underscore, and before a capital inside."""
+    return Markup(re.sub(r"([/._-]|(?<=[a-z])(?=[A-Z]))", r"\1<wbr>", str(escape(visible(name)))))
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
