@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from boa_edge.errors import BoaEdgeError, UsageError
@@ -26,6 +27,7 @@ from tests.exporters.conftest import Tiny
 from tests.exporters.test_fused import unpacked
 from tests.exporters.test_genai import assert_same
 from tests.exporters.test_graph import optimized
+from tests.exporters.test_onnx_families import checkpoint_of
 from toolchain.activations import per_block
 from toolchain.quantize import quantize
 from toolchain.quantized import QuantizedWeight
@@ -168,6 +170,17 @@ def test_runs_natively_and_in_the_official_client(tiny_model: Path, text_file: P
     result = open_device("host").run(bundle.path, GenerateRequest(prompt, 12, warmup=0, repeats=1))
     wanted = OnnxDecoder.open(bundle, threads=1).greedy(prompt, 12)
     assert [event["id"] for event in result.events if event["event"] == "token"] == wanted
+
+
+@pytest.mark.parametrize("family", ["gemma2", "opt", "phi3", "qwen3"])
+def test_families(family: str, text_file: Path, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"weights": {"bits": 8, "group_size": None}, "kv_cache": {"scheme": "per_head"}}
+    checkpoint = checkpoint_of(family, tmp_path, text_file, **fields)
+    export(checkpoint, "onnx", tmp_path / "bundle", form="fused-int8")
+    decoder = OnnxDecoder.open(Bundle.open(tmp_path / "bundle"), threads=1)
+    reference = load_file(checkpoint / "reference.safetensors")
+    found, expected = decoder.logits(reference["tokens"][None])[0], reference["quantized_logits"]
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999
 
 
 def test_refused_where_it_does_not_pay(make_tiny: MakeTiny, tmp_path: Path) -> None:
