@@ -204,7 +204,7 @@ def test_a_stopped_run_goes_on_with_the_bits_it_has_chosen(
         quantize(str(tiny_model), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
     kept = json.loads((tmp_path / ".ckpt.gptq.unfinished" / "bits.json").read_text())
     monkeypatch.setattr(ResumeFile, "save", real_save)
-    monkeypatch.setattr("toolchain.run.predict_errors", lambda *_: pytest.fail("bits are chosen twice"))
+    monkeypatch.setattr("toolchain.walk.predict_errors", lambda *_: pytest.fail("bits are chosen twice"))
     quantize(str(tiny_model), tmp_path / "ckpt", recipe=recipe, calibration=str(text_file))
     checkpoint = Checkpoint(tmp_path / "ckpt")
     assert {name: checkpoint.quantized(name).bits for name in kept} == kept
