@@ -41,6 +41,7 @@ from benchmarks.peers.table import (
     python_of,
 )
 from benchmarks.report import Outcome, Protocol, write_report
+from benchmarks.source import exported
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import output_directory, read_json, write_json
 from boa_edge.progress import say
@@ -346,14 +347,7 @@ class Benchmark:
 
     def _export(self) -> Path:
         """The original as a Hugging Face directory, which every quantizer reads."""
-        place = self.work / "models" / _hash(self.source.files)
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with output_directory(place) as partial:
-                model: Any = self.source.model
-                model.save_pretrained(partial)
-                self.source.tokenizer.save_pretrained(partial)
-        return place
+        return exported(self.source, self.work / "models" / _hash(self.source.files))
 
 
 class QuantizerError(Exception):

@@ -91,23 +91,25 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     for name, model in (("as it is", source), ("planted", planted(source))):
         for scheme, variant in [(None, "weights alone")] + [(s, v) for s in SCHEMES for v in asked]:
             key = [source.files, own_source(), given.method, name, scheme, tensor_hash(rows), tensor_hash(held_out)]
-
-            def place(variant: str, key: list[Any] = key) -> Path:
-                digest = hashlib.sha256(json.dumps([*key, variant]).encode()).hexdigest()
-                kept: Path = given.work / f"{digest[:16]}.json"
-                return kept
-
-            if not place(variant).exists():
+            path = _place(given.work, key, variant)
+            if not path.exists():
                 say(f"{name}: {scheme or 'floating point'}, {variant}")
                 recipe = _recipe(given.method, scheme, RECOMMENDED if variant == GUARDED else variant)
                 given.work.mkdir(parents=True, exist_ok=True)
                 for guarded, document in measure(source, model, recipe, rows, held_out):
                     own = GUARDED if guarded else RECOMMENDED if variant == GUARDED else variant
-                    write_json(place(own), {"model": name, "scheme": scheme, "variant": own, **document})
-            done.append(read_json(place(variant), "a row"))
+                    write_json(
+                        _place(given.work, key, own), {"model": name, "scheme": scheme, "variant": own, **document}
+                    )
+            done.append(read_json(path, "a row"))
             given.output.mkdir(parents=True, exist_ok=True)
             write(given, done, source)
     return done
+
+
+def _place(work: Path, key: list[Any], variant: str) -> Path:
+    """Where a finished row is kept, by what decides it."""
+    return work / f"{hashlib.sha256(json.dumps([*key, variant]).encode()).hexdigest()[:16]}.json"
 
 
 def _recipe(method: str, scheme: str | None, variant: str) -> Recipe:

@@ -20,8 +20,9 @@ from benchmarks.runtimes.native import native_identity, native_logits, native_sp
 from benchmarks.runtimes.process import LOGITS, SUMMARY
 from benchmarks.runtimes.programs import PROGRAMS, Inputs, NotAvailableError, Program, digest, run_script
 from benchmarks.runtimes.rows import Protocol, Report, rows_of
+from benchmarks.source import exported
 from boa_edge.errors import BoaEdgeError, UsageError
-from boa_edge.files import output_directory, read_json, sha256_file, write_json
+from boa_edge.files import read_json, sha256_file, write_json
 from boa_edge.progress import say
 from runtime_tests.metrics import mean_kl
 from toolchain.loading import load_source
@@ -193,14 +194,7 @@ class Benchmark:
 
     def _exported(self, key: str) -> Path:
         """The source model as a Hugging Face directory, float32, which other tools read."""
-        place = self.work / "models" / key
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with output_directory(place) as partial:
-                model: Any = self.source.model
-                model.save_pretrained(partial)
-                self.source.tokenizer.save_pretrained(partial)
-        return place
+        return exported(self.source, self.work / "models" / key)
 
     def _checkpoint(self) -> Path:
         given = self.arguments

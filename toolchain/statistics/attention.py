@@ -7,8 +7,8 @@ is being looked at, hands queries and keys after RoPE, values and the attention 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from toolchain import distributed
 from toolchain.statistics.covariance import mirrored, panels
 from toolchain.statistics.gauss_newton import GaussNewtonRows
+
+T = TypeVar("T")
 
 ATTENTION = "boa_edge"
 _BLOCK = 128
@@ -37,30 +39,26 @@ Kept = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _kept: list[Kept] = []
 
 
-@contextmanager
-def handled_by(handler: Handler | None) -> Iterator[None]:
+def handled_by(handler: Handler | None) -> AbstractContextManager[None]:
     """Inside, attention is first offered to `handler`."""
-    if handler is None:
-        yield
-        return
-    _handlers.append(handler)
-    try:
-        yield
-    finally:
-        _handlers.remove(handler)
+    return _in_force(_handlers, handler)
+
+
+def cached_by(kept: Kept | None) -> AbstractContextManager[None]:
+    """Inside, attention and its handlers see keys and values as `kept` hands them out."""
+    return _in_force(_kept, kept)
 
 
 @contextmanager
-def cached_by(kept: Kept | None) -> Iterator[None]:
-    """Inside, attention and its handlers see keys and values as `kept` hands them out."""
-    if kept is None:
+def _in_force(stack: list[T], item: T | None) -> Iterator[None]:
+    if item is None:
         yield
         return
-    _kept.append(kept)
+    stack.append(item)
     try:
         yield
     finally:
-        _kept.remove(kept)
+        stack.remove(item)
 
 
 def attention_weights(
