@@ -7,16 +7,18 @@ unpacks it below a directory of the project; the system's own state is read and 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 Log = Callable[[str], None]
 
 _LOCK_SECONDS = 600
+_SOURCES = Path("/etc/apt/sources.list")
 
 
 class AptError(Exception):
@@ -46,11 +48,19 @@ def install(packages: Sequence[str], log: Log) -> None:
 
 
 class PrivateApt:
-    """An apt state of our own in `directory`, for users who may not touch the system's; removed after the block."""
+    """An apt state of our own in `directory`, for users who may not touch the system's; removed after the block.
 
-    def __init__(self, directory: Path, log: Log) -> None:
+    Args:
+        directory: made and removed here.
+        log: gets one line for each step.
+        backports: packages come from the release's backports, which the system need not know, where they have them.
+    """
+
+    def __init__(self, directory: Path, log: Log, *, backports: bool = False) -> None:
         self._directory = directory
         self._log = log
+        self._backports = backports
+        self._suite: str | None = None
         self._fresh = False
 
     def __enter__(self) -> PrivateApt:
@@ -64,8 +74,10 @@ class PrivateApt:
         """Download `packages` with everything that is not installed yet, and unpack all of it below `destination`."""
         self._refresh()
         self._log(f"downloading {', '.join(packages)} and what they need (no root: unpacked under {destination})")
+        wanted = [] if self._suite is None else ["--target-release", self._suite]
+        options = ["-y", "--download-only", "--no-install-recommends", *wanted]
         with self._archives() as archives:
-            self._apt("install", "-y", "--download-only", "--no-install-recommends", *packages, archives=archives)
+            self._apt("install", *options, *packages, archives=archives)
             self._extract(archives, destination)
 
     def unpack_only(self, packages: Sequence[str], destination: Path) -> None:
@@ -96,9 +108,22 @@ class PrivateApt:
             return
         self._log("reading the package lists")
         (self._directory / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+        if self._backports:
+            self._add_backports()
         with self._archives() as archives:
             self._apt("update", archives=archives)
         self._fresh = True
+
+    def _add_backports(self) -> None:
+        """The system's own list of sources, and one line more: the same archive, with the release's backports."""
+        wanted = "$(REPO_URI) $(RELEASE) $(COMPONENT) $(SIGNED_BY)"
+        known = _run(["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"]).splitlines()
+        line = backports_line(known, _codename())
+        if line is None:
+            raise AptError(f"no source of packages for {_codename() or 'this release'} is known here")
+        self._suite = f"{_codename()}-backports"
+        own = _SOURCES.read_text(encoding="utf-8", errors="replace") if _SOURCES.is_file() else ""
+        (self._directory / _SOURCES.name).write_text(f"{own}\n{line}\n", encoding="utf-8")
 
     def _apt(self, *arguments: str, archives: Path) -> None:
         options = {
@@ -114,12 +139,37 @@ class PrivateApt:
             # Package hooks of the system (cleaning its own cache, notifying services) are not for a private state.
             "APT::Update::Post-Invoke-Success": "",
         }
+        if self._suite is not None:
+            options["Dir::Etc::sourcelist"] = self._directory / _SOURCES.name
         (self._directory / "cache").mkdir(parents=True, exist_ok=True)
         flags = [item for key, value in options.items() for item in ("-o", f"{key}={value}")]
         _run(["apt-get", *flags, *arguments], cwd=archives)
 
 
-def _run(command: list[str], cwd: Path | None = None) -> None:
+def backports_line(targets: Sequence[str], codename: str) -> str | None:
+    """A source of `codename`'s backports, at the place that its `main` comes from; None where that is unknown.
+
+    Args:
+        targets: lines `URI RELEASE COMPONENT KEYRING` of `apt-get indextargets`; what apt does not know of a source
+            it leaves as it was asked for, `$(NAME)`.
+        codename: of the release, as /etc/os-release has it.
+    """
+    for target in targets:
+        place, release, component, *keyring = target.split()
+        if (release, component) == (codename, "main"):
+            signed = f"[signed-by={keyring[0]}] " if keyring and keyring[0].startswith("/") else ""
+            return f"deb {signed}{place} {codename}-backports main"
+    return None
+
+
+def _codename() -> str:
+    with suppress(OSError):
+        return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    return ""
+
+
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    """What it printed. AptError has the end of it where it failed."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     done = subprocess.run(
         command,
@@ -136,3 +186,4 @@ def _run(command: list[str], cwd: Path | None = None) -> None:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith(("E:", "W:", "dpkg"))] or lines
         raise AptError("; ".join(told[-3:]) or f"{command[0]} exited with {done.returncode}")
+    return done.stdout

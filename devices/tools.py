@@ -33,6 +33,7 @@ class Tool:
         environment: variables likewise.
         files: further files below `$root`, for what the package's own scripts would have set up.
         private: unpacked below the cache even by root, whatever the system has.
+        backports: the package may be in the release's backports only.
     """
 
     key: str
@@ -44,6 +45,7 @@ class Tool:
     environment: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[str, str], ...] = ()
     private: bool = False
+    backports: bool = False
 
 
 _FONTS = """<?xml version="1.0"?>
@@ -81,6 +83,16 @@ SSHD = Tool(
     target="usr/sbin/sshd",
     private=True,
 )
+# Never installed either: its users are not asked for a password. Debian 12 has it in its backports.
+ADBD = Tool(
+    "adbd",
+    ("boa-edge-adbd",),
+    "adbd",
+    "Android's own daemon, for the tests",
+    target="usr/lib/android-sdk/platform-tools/adbd",
+    private=True,
+    backports=True,
+)
 # Android's commands and shell, as Debian packages them.
 TOYBOX = Tool("toybox", ("toybox",), "toybox", "Android's commands, for the tests")
 MKSH = Tool("mksh", ("mksh",), "mksh", "Android's shell, for the tests", target="bin/mksh")
@@ -95,7 +107,7 @@ CHROMIUM = Tool(
 )
 
 SETUP_TOOLS = (HOST, CROSS, QEMU, ADB, SSH)
-TEST_TOOLS = (CHROMIUM, SSHD, TOYBOX, MKSH)
+TEST_TOOLS = (CHROMIUM, SSHD, TOYBOX, MKSH, ADBD)
 
 
 def system_directory() -> Path:
@@ -150,17 +162,24 @@ def provide(tools: Sequence[Tool]) -> None:
 def _unpack(tools: Sequence[Tool]) -> None:
     base = system_directory()
     base.mkdir(parents=True, exist_ok=True)
-    with only_one(base / ".lock"), apt.PrivateApt(base / ".apt", say) as private:
-        for tool in tools:
-            if find(tool) is not None:  # somebody else was faster
-                continue
-            partial = base / f".{tool.key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            private.unpack([tool.package], partial / "root")
-            _adopt_system_libraries(partial / "root")
-            _write_wrapper(tool, partial)
-            shutil.rmtree(base / tool.key, ignore_errors=True)
-            partial.rename(base / tool.key)
+    for backports in (False, True):
+        wanted = [tool for tool in tools if tool.backports == backports]
+        if not wanted:
+            continue
+        with only_one(base / ".lock"), apt.PrivateApt(base / ".apt", say, backports=backports) as private:
+            for tool in wanted:
+                if find(tool) is None:  # else somebody was faster
+                    _unpack_one(tool, base, private)
+
+
+def _unpack_one(tool: Tool, base: Path, private: apt.PrivateApt) -> None:
+    partial = base / f".{tool.key}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    private.unpack([tool.package], partial / "root")
+    _adopt_system_libraries(partial / "root")
+    _write_wrapper(tool, partial)
+    shutil.rmtree(base / tool.key, ignore_errors=True)
+    partial.rename(base / tool.key)
 
 
 def _adopt_system_libraries(root: Path) -> None:

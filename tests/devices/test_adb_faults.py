@@ -1,90 +1,27 @@
 """Whatever happens between here and an Android device, the figures are right after a retry or there are none.
 
 The real adb client and server; the device is tests/devices/adbd.py. Where the runner does not matter it is a script.
+docs/devices.md lists these faults with their outcomes.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from adb_server import adb, attached_phone, private_server
+from adb_server import attached_phone
 from adbd import Adbd
-from test_device_events import GENERATE, script
+from phone_runs import RIGHT, SLOWLY, Make, assert_clean, assert_right, pushed
+from test_device_events import GENERATE
 
-from boa_edge.errors import BoaEdgeError, UsageError
-from devices import GenerateRequest, RunResult, open_device, tools
+from boa_edge.errors import BoaEdgeError
+from devices import RunResult, tools
 from devices.adb import AdbTransport
 from devices.contract import Event
-from devices.device import RunnerDevice
-from devices.profile import read_profile
 from devices.transport import ConnectionLostError
-from runtime_tests.energy import obstacle
-from runtime_tests.events import gather_generation
-from runtime_tests.throttling import throttling_notes
-
-EVENTS = script(GENERATE)
-RIGHT = 'cat "$here/events"'
-# Slow enough for something to happen between two lines.
-SLOWLY = 'while read -r line; do printf "%s\\n" "$line"; sleep 0.05; done < "$here/events"'
-Make = Callable[..., RunnerDevice]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if tools.find(tools.ADB) is None:
-        pytest.skip("no adb client here; `make setup` fetches it")
-    with private_server(tmp_path_factory.mktemp("adb")):
-        yield
-
-
-@pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Adbd]:
-    with attached_phone(tmp_path / "phone") as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def make(tmp_path: Path, daemon: Adbd) -> Make:
-    """A device of a profile whose runner is a shell script with the right events beside it."""
-
-    def make(runner: str = RIGHT, events: list[dict[str, Any]] = EVENTS, **fields: Any) -> RunnerDevice:
-        (tmp_path / "runner.sh").write_text(f'#!/bin/sh\nhere=$(dirname "$0")\n{runner}\n', encoding="utf-8")
-        (tmp_path / "events").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-        settings = {"description": "a phone", "transport": "adb", "serial": daemon.serial} | fields
-        settings |= {"runner_path": "runner.sh", "runner_files": ["events"]}
-        lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-        (tmp_path / "phone.toml").write_text("\n".join(lines), encoding="utf-8")
-        return open_device(str(tmp_path / "phone.toml"))
-
-    return make
-
-
-def assert_clean(daemon: Adbd) -> None:
-    """Only whole files of the store are left, and nothing runs."""
-    base = daemon.phone.data / "boa-edge"
-    assert list((base / "runs").iterdir()) == []
-    assert not (base / "lock").exists()
-    assert all(len(path.name) == 64 for path in daemon.phone.store.iterdir())
-    assert daemon.phone.running() == []
-
-
-def assert_right(result: RunResult) -> None:
-    assert list(result.events) == EVENTS
-    assert result.execution == "emulated"
-
-
-def pushed(daemon: Adbd) -> int:
-    return len(daemon.phone.pushed)
 
 
 def test_files_are_pushed_once_and_the_device_is_left_as_it_was(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
@@ -293,6 +230,32 @@ def test_two_runs_on_one_device_take_turns(make: Make, daemon: Adbd, tiny_bundle
     assert_clean(daemon)
 
 
+def test_two_devices_at_once_do_not_hear_of_each_other(
+    make: Make, daemon: Adbd, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    with attached_phone(tmp_path / "other") as other:
+        phones = (daemon, other)
+        starts = dict.fromkeys(phones, 0)
+        both_run = threading.Barrier(2, timeout=60)
+
+        def run(phone: Adbd) -> RunResult:
+            def listen(event: Event) -> None:
+                starts[phone] += event["event"] == "start"
+                if event["event"] == "load" and starts[phone] == 1:
+                    both_run.wait()
+
+            return devices[phone].run(tiny_bundle, GENERATE, listen)
+
+        devices = {phone: make(SLOWLY, serial=phone.serial) for phone in phones}
+        other.phone.faults.cut_output = [b'"event": "prefill"']
+        with ThreadPoolExecutor(2) as pool:
+            for result in pool.map(run, phones):
+                assert_right(result)
+        assert list(starts.values()) == [1, 2]
+        for phone in phones:
+            assert_clean(phone)
+
+
 def test_somebody_elses_lock_is_respected_and_can_be_broken(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
     boot = (daemon.phone.root / "proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
     daemon.phone.write("data/local/tmp/boa-edge/lock/owner", f"elsewhere:7 123 {boot}")
@@ -359,216 +322,3 @@ def test_a_device_where_files_cannot_be_linked_gets_copies(make: Make, daemon: A
     daemon.phone.program("ln", "exit 1")
     assert_right(make().run(tiny_bundle, GENERATE))
     assert_clean(daemon)
-
-
-def test_several_devices_are_told_apart(daemon: Adbd, tmp_path: Path) -> None:
-    with attached_phone(tmp_path / "other") as other:
-        other.phone.properties["ro.product.model"] = "Other Phone"
-        other.phone.boot()
-        with pytest.raises(BoaEdgeError, match="2 devices are attached") as error:
-            open_device("android").fingerprint()
-        for serial in (daemon.serial, other.serial):
-            assert f"{serial} Directory_Phone" in str(error.value)
-        assert open_device(f"android:{other.serial}").fingerprint()["model"] == "Other Phone"
-        assert open_device(f"android:{daemon.serial}").fingerprint()["model"] == "Directory Phone"
-        status = open_device("android").status()
-        assert not status.usable
-        assert "--device android:" in " ".join(status.missing)
-
-
-def test_a_network_device_is_connected_when_it_is_asked_for(daemon: Adbd) -> None:
-    adb("disconnect", daemon.serial)
-    assert open_device(f"android:{daemon.serial}").fingerprint()["machine"] == "aarch64"
-
-
-@pytest.mark.parametrize(
-    ("fault", "value", "found"),
-    [
-        ("authorized", False, "accept `Allow USB debugging`"),
-        ("silent", True, "does not answer"),
-        ("features", "cmd", "Android 7 or later"),
-    ],
-)
-def test_a_device_that_cannot_be_used_says_what_to_do(
-    daemon: Adbd, tiny_bundle: Path, fault: str, value: Any, found: str
-) -> None:
-    setattr(daemon.phone.faults, fault, value)
-    adb("disconnect", daemon.serial)
-    with pytest.raises(BoaEdgeError, match=found):
-        open_device(f"android:{daemon.serial}").run(tiny_bundle, GenerateRequest((1,), 1))
-
-
-def test_nothing_attached_says_how_to_attach(daemon: Adbd, tiny_bundle: Path) -> None:
-    adb("disconnect", daemon.serial)
-    with pytest.raises(BoaEdgeError, match=r"no device is attached. Plug the phone in"):
-        open_device("android").run(tiny_bundle, GENERATE)
-    with pytest.raises(BoaEdgeError, match=r"no device ABC is attached \(attached: none\)"):
-        open_device("android:ABC").run(tiny_bundle, GENERATE)
-
-
-def test_another_processor_is_refused(daemon: Adbd, tiny_bundle: Path) -> None:
-    daemon.phone.program("uname", "echo x86_64")
-    with pytest.raises(BoaEdgeError, match="its processor is x86_64"):
-        open_device(f"android:{daemon.serial}").run(tiny_bundle, GENERATE)
-
-
-@contextmanager
-def no_server(free_port: int) -> Iterator[None]:
-    """The user's own server would be at a port where nobody listens; only for the block, or its clean-up starts one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANDROID_ADB_SERVER_PORT", str(free_port))
-        yield
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def test_an_adb_server_elsewhere(make: Make, free_port: int, tiny_bundle: Path) -> None:
-    port = os.environ["ANDROID_ADB_SERVER_PORT"]
-    with no_server(free_port):
-        assert_right(make(server=f"127.0.0.1:{port}").run(tiny_bundle, GENERATE))
-        with pytest.raises(BoaEdgeError, match=rf"adb server at 127\.0\.0\.1:{free_port} cannot be reached"):
-            make(server=f"127.0.0.1:{free_port}").run(tiny_bundle, GENERATE)
-
-
-def test_listing_devices_starts_no_server(free_port: int) -> None:
-    with no_server(free_port):
-        assert "no adb server is running" in " ".join(open_device("android").status().missing)
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", free_port)) != 0
-
-
-def test_a_phone_is_never_called_emulated_nor_an_emulator_a_phone(daemon: Adbd, tmp_path: Path) -> None:
-    assert open_device("android").execution == "emulated"
-    daemon.phone.properties["ro.boot.qemu"] = ""
-    daemon.phone.boot()
-    assert open_device("android").execution == "measured"
-    path = tmp_path / "own.toml"
-    path.write_text('description = "x"\ntransport = "adb"\nemulated = true\n', encoding="utf-8")
-    assert open_device(str(path)).execution == "emulated"
-
-
-def test_a_runner_that_cannot_be_used_is_a_usage_error(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
-    device = make()
-    (tmp_path / "runner.sh").write_bytes(Path("/bin/sh").read_bytes())
-    with pytest.raises(UsageError, match="not a program for 64-bit ARM"):
-        device.run(tiny_bundle, GENERATE)
-    (tmp_path / "runner.sh").unlink()
-    with pytest.raises(UsageError, match="is not a file"):
-        device.run(tiny_bundle, GENERATE)
-
-
-@pytest.mark.parametrize(
-    ("lines", "found"),
-    [
-        ('serial = "-s x"', "serial"),
-        ('server = "nowhere"', "server"),
-        ('directory = "relative"', "must be absolute"),
-        ('directory = "/data/../etc"', "'..'"),
-        ('host = "pi"', "'host' has no meaning"),
-        ('runner_files = ["a"]', "runner_path"),
-        ("serail = 1", "did you mean 'serial'"),
-    ],
-)
-def test_a_wrong_adb_profile_is_one_line(tmp_path: Path, lines: str, found: str) -> None:
-    path = tmp_path / "phone.toml"
-    path.write_text(f'description = "x"\ntransport = "adb"\n{lines}\n', encoding="utf-8")
-    with pytest.raises(UsageError, match=found):
-        read_profile(path)
-
-
-def test_what_the_device_says_of_itself_is_a_value_or_why_there_is_none(make: Make, daemon: Adbd) -> None:
-    daemon.phone.program(
-        "getprop", 'case "$1" in ro.soc.model) echo "Permission denied" >&2; exit 1;; *) echo 5;; esac'
-    )
-    (daemon.phone.root / "proc/meminfo").unlink()
-    found = make().fingerprint()
-    assert found["soc"] == "denied"
-    assert found["memory_bytes"] == "unavailable"
-    assert found["board"] == "unavailable"
-    assert found["governors"] == {f"cpu{core}": "schedutil" for core in range(4)}
-    assert "asimddp" in found["features"]
-
-
-def test_temperatures_and_clocks_are_read_before_and_after(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
-    def heat(event: Event) -> None:
-        daemon.phone.write("sys/class/thermal/thermal_zone0/temp", "78000\n")
-        daemon.phone.dumpsys(thermal=3)
-
-    state = make().run(tiny_bundle, GENERATE, heat).state
-    assert state["before"]["temperatures_c"] == {"zone0:cpu": 41.5}
-    assert state["after"]["temperatures_c"] == {"zone0:cpu": 78.0}
-    assert (state["before"]["thermal_status"], state["after"]["thermal_status"]) == (0, 3)
-    assert state["before"]["battery"] == {"level_percent": 81, "temperature_c": 26.4, "powered_by": ["USB"]}
-
-
-def battery(daemon: Adbd, status: str, current: str) -> None:
-    for name, content in {
-        "type": "Battery",
-        "status": status,
-        "current_now": current,
-        "voltage_now": "3800000",
-    }.items():
-        daemon.phone.write(f"sys/class/power_supply/bms/{name}", f"{content}\n")
-
-
-def test_a_batterys_gauge_is_read_beside_a_run_that_asks_for_it(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
-    daemon.phone.write("sys/class/power_supply/usb/type", "USB\n")
-    device = make(f"sleep 3.2; {RIGHT}")
-    assert device.run(tiny_bundle, GENERATE).state["before"]["gauge"] == "unavailable"
-    battery(daemon, "Discharging", "-512000")
-    result = device.run(tiny_bundle, GENERATE)
-    wanted = {"battery": "bms", "status": "Discharging", "current_ua": -512000, "voltage_uv": 3800000}
-    assert result.state["after"]["gauge"] == wanted
-    assert result.gauge == ()
-    result = device.run(tiny_bundle, replace(GENERATE, battery="bms"))
-    assert_right(result)
-    assert len(result.gauge) >= 2
-    assert {(sample.amperes, sample.volts) for sample in result.gauge} == {(-0.512, 3.8)}
-    assert all(one.seconds < two.seconds for one, two in pairwise(result.gauge))
-    assert obstacle(result.state["after"], "measured") is None
-    assert_clean(daemon)
-    battery(daemon, "Charging", "300000")
-    assert "unplug it" in str(obstacle(device.run(tiny_bundle, GENERATE).state["after"], "measured"))
-    with pytest.raises(ValueError, match="no battery's name"):
-        device.run(tiny_bundle, replace(GENERATE, battery="$(reboot)"))
-
-
-def test_a_gauge_that_is_denied_is_not_zero(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
-    battery(daemon, "Discharging", "x")
-    daemon.phone.program(
-        "cat", 'case "$1" in */current_now) echo "cat: $1: Permission denied" >&2; exit 1;; esac; exec /bin/cat "$@"'
-    )
-    result = make("sleep 1.5; " + RIGHT).run(tiny_bundle, replace(GENERATE, battery="bms"))
-    assert result.state["before"]["gauge"] == "denied"
-    assert result.gauge == ()
-    assert "denies" in str(obstacle(result.state["after"], "measured"))
-
-
-def test_a_phone_that_throttles_is_found_out_twice(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
-    request = GenerateRequest((1, 2, 3), 40)
-
-    def notes(slow: int, status: int) -> list[str]:
-        events = script(request)
-        for event in events:
-            if event["event"] == "token" and event["i"] >= 27:
-                event["ns"] = slow
-            elif "ns" in event:
-                event["ns"] = 20_000
-        daemon.phone.dumpsys(thermal=status)
-        result = make(events=events).run(tiny_bundle, request)
-        assert result.execution == "measured"
-        runs = gather_generation(result, prompt_tokens=3, new_tokens=40, warmup=0, repeats=1)
-        return throttling_notes([result], runs, result.execution)
-
-    daemon.phone.properties["ro.boot.qemu"] = ""
-    daemon.phone.boot()
-    assert notes(20_000, 0) == []
-    (slow,) = notes(36_000, 0)
-    assert "took 1.80 times as long" in slow
-    (hot,) = notes(20_000, 3)
-    assert "status 3 (severe)" in hot

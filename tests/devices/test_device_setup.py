@@ -198,6 +198,36 @@ def test_an_unpacked_tool_works_from_any_place_and_can_be_moved(
     assert done.stdout == f"--root={root}|two words|{root}/usr/lib/x86_64-linux-gnu\n"
 
 
+@pytest.mark.parametrize(
+    ("targets", "line"),
+    [
+        (
+            ["http://m/d stable main $(SIGNED_BY)", "http://m/d rel main $(SIGNED_BY)"],
+            "deb http://m/d rel-backports main",
+        ),
+        (
+            ["http://m/d/ rel contrib /k.gpg", "http://m/d/ rel main /k.gpg"],
+            "deb [signed-by=/k.gpg] http://m/d/ rel-backports main",
+        ),
+        (["http://m/d rel-security main /k.gpg"], None),
+        ([], None),
+    ],
+)
+def test_backports_come_from_where_the_release_comes_from(targets: list[str], line: str | None) -> None:
+    assert apt.backports_line(targets, "rel") == line
+
+
+def test_a_release_without_backports_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BOA_EDGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(apt, "available", lambda: True)
+    monkeypatch.setattr(apt, "_run", lambda command, cwd=None: "")
+    with pytest.raises(BoaEdgeError, match="no source of packages for"):
+        tools.provide([tools.ADBD])
+    assert tools.find(tools.ADBD) is None
+    assert not list((tmp_path / "cache").glob("system/[!.l]*"))
+
+
 def test_a_lock_lets_one_in_at_a_time(tmp_path: Path) -> None:
     inside: list[int] = []
 
