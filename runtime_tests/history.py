@@ -11,6 +11,7 @@ from typing import Any
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import write_text
 from boa_edge.progress import say
+from runtime_tests.hardware import describe
 from runtime_tests.model import Report
 from runtime_tests.reading import REPORT, read_report
 from runtime_tests.report.trend import render_history
@@ -75,6 +76,9 @@ def kind_of(report: Report) -> Kind:
         deployed.model or "model not recorded",
         deployed.recipe_name or "recipe not recorded",
         " ".join(filter(None, (deployed.runtime, deployed.runtime_config.get("form"), deployed.activations))),
-        f"{report.device.name} ({report.device.execution})",
-        f"{settings.workload}, {settings.threads} thread{'' if settings.threads == 1 else 's'}",
+        " ".join(
+            filter(None, (report.device.name, f"({report.device.execution})", describe(report.device.fingerprint)))
+        ),
+        f"{settings.workload}, {settings.threads} thread{'' if settings.threads == 1 else 's'}"
+        + (f", cores {','.join(map(str, settings.cores))}" if settings.cores else ""),
     )

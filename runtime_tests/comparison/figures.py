@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime_tests.figure import Figure
+from runtime_tests.hardware import difference
 from runtime_tests.model import Report
 from runtime_tests.statistics import rate
 
@@ -14,6 +15,7 @@ Better = Literal["less", "more"]
 Kind = Literal["artefact", "accuracy", "speed", "memory"]
 
 _MILLISECOND = 1e6
+_SAME_TEXT = 1e-3  # of a perplexity
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,14 @@ COMPARABLES: tuple[Comparable, ...] = (
         "",
         lambda r: r.cost.instructions_per_token if r.cost else None,
     ),
+    Comparable(
+        "energy_j",
+        "Energy per token",
+        "less",
+        "speed",
+        "J",
+        lambda r: r.energy.per_token if r.energy else None,
+    ),
     Comparable("peak_rss_mb", "Peak memory", "less", "memory", "MB", lambda r: r.memory.peak_rss, 1e-6),
 )
 BY_NAME = {entry.name: entry for entry in COMPARABLES}
@@ -134,7 +144,7 @@ def obstacle(kind: Kind, before: Report, after: Report) -> str | None:
     if kind == "accuracy":
         if before.fidelity.positions != after.fidelity.positions:
             return f"{before.fidelity.positions} positions of text against {after.fidelity.positions}"
-        if before.generation.prompt.tokens != after.generation.prompt.tokens:
+        if before.generation.prompt.tokens != after.generation.prompt.tokens or _another_text(before, after):
             return "other reference texts"
         return None
     if before.device.execution != after.device.execution:
@@ -145,4 +155,16 @@ def obstacle(kind: Kind, before: Report, after: Report) -> str | None:
         return f"workload {before.settings.workload} against {after.settings.workload}"
     if before.settings.threads != after.settings.threads:
         return f"{before.settings.threads} threads against {after.settings.threads}"
-    return None
+    if before.settings.cores != after.settings.cores:
+        return f"cores {_cores(before)} against {_cores(after)}"
+    return difference(before.device.fingerprint, after.device.fingerprint)
+
+
+def _cores(report: Report) -> str:
+    return ",".join(map(str, report.settings.cores)) or "any"
+
+
+def _another_text(before: Report, after: Report) -> bool:
+    """The original model is in both, so on one text it has one perplexity, but for what PyTorch rounds elsewhere."""
+    first, second = (report.fidelity.original.perplexity.number for report in (before, after))
+    return first is not None and second is not None and abs(first - second) > _SAME_TEXT * first

@@ -234,6 +234,7 @@ class FakeDevice:
         logits: what a score of the reference's n tokens answers; cut to the request, repeated where that is longer.
         greedy: what it generates.
         alter: changes the events of a generation before they are handed over.
+        facts: what its fingerprint has besides.
     """
 
     logits: NDArray[np.float32]
@@ -245,6 +246,7 @@ class FakeDevice:
     requests: list[GenerateRequest | ScoreRequest] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     gauge: tuple[GaugeSample, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -252,6 +254,7 @@ class FakeDevice:
             "cpu": {"model": "Cortex-A76", "features": ["fp", "asimd", "asimddp"], "cores": 2},
             "os": "Linux 6.1 (emulated by qemu-aarch64 7.2)",
             "governor": None,
+            **self.facts,
         }
 
     def run(

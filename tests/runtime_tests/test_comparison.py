@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from runtime_tests.comparison.noise import (
     paired_change_interval,
     quantile_interval,
 )
+from runtime_tests.history import arrange
+from runtime_tests.reading import read_report
 
 
 def slower(share: float) -> Any:
@@ -60,7 +63,8 @@ def rows(before: Path, after: Path, fail_on: str = "") -> dict[str, Any]:
 def test_a_report_equals_itself(before: Path) -> None:
     found = compare(before, before / "report.json", fail_on="decode_tok_s<-0%,kl>+0%,size_mb>+0,token_p95_ms>+0%")
     assert not found.failed
-    recorded = [row for row in found.rows if row.figure.name != "instructions"]  # counted in emulation only
+    # The one is counted in emulation only, the other where there is a battery.
+    recorded = [row for row in found.rows if row.figure.name not in ("instructions", "energy_j")]
     assert {row.verdict for row in recorded} == {"same"}
     assert all(row.change == 0 for row in recorded)
 
@@ -99,6 +103,46 @@ def test_emulated_times_are_not_held_against_a_phones(before: Path, tmp_path: Pa
     assert found["size_mb"]["verdict"] == "same"
     with pytest.raises(UsageError, match="measured against emulated"):
         compare(before, emulated, fail_on="decode_tok_s<-5%")
+
+
+def phone(directory: Path, **facts: str) -> Path:
+    return make(directory, execution="measured", name="android", facts=facts).directory
+
+
+def test_one_name_can_stand_for_two_phones(tmp_path: Path) -> None:
+    first = phone(tmp_path / "a", manufacturer="Google", model="Pixel 8", soc="Tensor G3")
+    other = phone(tmp_path / "b", manufacturer="Google", model="Pixel 6", soc="Tensor")
+    silent = phone(tmp_path / "c", manufacturer="Google", model="denied", soc="unavailable")
+    found = rows(first, other)["figures"]
+    assert found["decode_tok_s"]["reason"] == "model Pixel 8 against Pixel 6"
+    assert found["kl"]["verdict"] == "same"  # what another processor makes of it is a fair question
+    with pytest.raises(UsageError, match="Pixel 8 against Pixel 6"):
+        compare(first, other, fail_on="decode_tok_s<-5%")
+    assert rows(first, silent)["figures"]["decode_tok_s"]["verdict"] == "same"
+    assert len(arrange([read_report(first), read_report(other)])) == 2
+
+
+def changed(directory: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A report with something else in it."""
+    document = json.loads((directory / "report.json").read_text())
+    change(document)
+    target.mkdir()
+    (target / "report.json").write_text(json.dumps(document))
+    return target
+
+
+def test_other_cores_or_another_text_are_other_questions(before: Path, tmp_path: Path) -> None:
+    big = changed(before, tmp_path / "big", lambda document: document["settings"].update(cores=[4, 5]))
+    found = rows(before, big)["figures"]
+    assert found["decode_tok_s"]["reason"] == "cores any against 4,5"
+    assert found["kl"]["verdict"] == "same"
+
+    def reread(document: dict[str, Any]) -> None:
+        document["fidelity"]["original"]["perplexity"]["value"] *= 1.01
+
+    found = rows(before, changed(before, tmp_path / "reread", reread))["figures"]
+    assert found["kl"]["reason"] == "other reference texts"
+    assert found["decode_tok_s"]["verdict"] == "same"
 
 
 @pytest.mark.parametrize(
