@@ -51,7 +51,9 @@ def run_all(
     if not any(EXPORTERS[name].lengths for name, _ in runtimes.values()) and any(lengths.values()):
         raise no_lengths(runtime)
     _foresee(chosen, model, runtimes, activations, lengths)
-    open_device(device)
+    status = open_device(device).status()
+    if not status.usable:  # it may be plugged in by then, and finished stages are kept
+        say(f"note: device {device} cannot be used now, and measuring will need it: {'; '.join(status.missing)}")
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     quantizing = {

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from boa_edge.errors import BoaEdgeError
+from devices import binaries
 from devices.contract import Execution, GenerateRequest, RunResult, ScoreRequest
 from devices.device import RunnerDevice
 from devices.registry import open_device
@@ -123,8 +124,14 @@ class _Test:
         return f"{_FILE_BYTES >> 20} MiB there and back, the same bytes"
 
     def _program(self) -> str:
-        """A runner without arguments must say so in one event and exit with 1."""
-        executable, files = self._device.runner_files("onnx")
+        """Runners without arguments must say so in one event and exit with 1."""
+        # One of the user's own is for every runtime.
+        started = dict.fromkeys(self._start(runtime) for runtime in binaries.RUNNERS)
+        return f"{' and '.join(started)}: output and exit code arrive"
+
+    def _start(self, runtime: str) -> str:
+        self._device.require_usable(runtime)
+        executable, files = self._device.runner_files(runtime)
         lines: list[str] = []
         with self._device.transport.open() as workplace:
             for name, source in files.items():
@@ -139,10 +146,10 @@ class _Test:
             event = None
         if outcome.code != 1 or not isinstance(event, dict) or event.get("event") != "error":
             raise BoaEdgeError(
-                f"the runner without arguments must print one error event and exit with 1, but {said}",
+                f"{executable} without arguments must print one error event and exit with 1, but {said}",
                 where=f"device {self._device.name}",
             )
-        return f"{executable} starts, its output and its exit code arrive"
+        return executable
 
     def _model(self) -> str:
         score = ScoreRequest(_PROMPT)

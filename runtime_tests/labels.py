@@ -7,7 +7,15 @@ import unicodedata
 from devices.contract import Execution
 from runtime_tests.figure import Figure
 
-METHODS = {"rtn": "Round-to-nearest", "gptq": "GPTQ", "boa": "BoA", "original": "Original"}
+METHODS = {
+    "original": "Original",
+    "rtn": "Round-to-nearest",
+    "gptq": "GPTQ",
+    "boa": "BoA",
+    "turboboa": "TurboBoA",
+    "aespa": "aespa",
+    "edge": "BoA Edge",
+}
 RUNTIMES = {"onnx": "ONNX Runtime", "executorch": "ExecuTorch"}
 SCHEMES = {
     "per_block": "signed, one scale per block of inputs, found as the model runs",

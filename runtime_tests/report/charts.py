@@ -16,8 +16,8 @@ from runtime_tests.model import LayerError, MethodRow, Report, Variant
 from runtime_tests.report.layers import LayerGrid, grid
 from runtime_tests.report.svg import INK, MUTED, SERIES, SURFACE, draw
 
-_METHOD_STYLE = {"rtn": (SERIES[1], "s"), "gptq": (SERIES[2], "^"), "boa": (SERIES[0], "o")}
-_OTHER_STYLE = (SERIES[3], "D")
+_METHOD_STYLE = {"rtn": (SERIES[1], "s"), "gptq": (SERIES[2], "^"), "edge": (SERIES[0], "o"), "boa": (SERIES[3], "D")}
+_OTHER_STYLE = (SERIES[3], "v")
 _LABEL_GAP = 14.0
 _LABELLED_POINTS = 8
 

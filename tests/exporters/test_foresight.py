@@ -115,3 +115,29 @@ def test_the_pipeline_asks_before_it_works(tmp_path: Path, runtime: str, name: s
             activations=None,
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_pipeline_says_at_once_that_the_device_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(*arguments: object, **choices: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr("boa_edge.pipeline.quantize", stop)
+    model = make_model(tmp_path / "model", tiny_config())
+    for device, noted in (("ssh", True), ("host", False)):
+        with pytest.raises(StoppedError):
+            run_all(
+                tmp_path / device,
+                model=str(model),
+                recipe="w4g32-rtn",
+                runtime="onnx",
+                device=device,
+                calibration=None,
+                compare=(),
+                activations=None,
+            )
+        assert ("--device ssh:USER@HOST" in capsys.readouterr().err) == noted

@@ -13,9 +13,11 @@ from rich.console import Console
 
 from runtime_tests import print_summary
 from runtime_tests.figure import figure
-from runtime_tests.labels import number, show, show_bytes, visible
+from runtime_tests.labels import METHODS as LABELS
+from runtime_tests.labels import method_name, number, show, show_bytes, visible
 from runtime_tests.model import LayerError
 from runtime_tests.report.layers import grid
+from toolchain.methods import METHODS
 
 _VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 _LOADING = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction", "ping"}
@@ -165,6 +167,11 @@ def test_terminal_table_takes_no_markup_from_names(tmp_path: Path) -> None:
 def layer(name: str, value: float | None) -> LayerError:
     error = None if value is None else figure(value, "relative squared error", "measured")
     return LayerError(name=name, relative_loss=error)
+
+
+def test_every_method_has_a_name_of_its_own() -> None:
+    assert len({method_name(name) for name in METHODS}) == len(METHODS)
+    assert all(name in LABELS for name in METHODS)
 
 
 def test_layers_stand_by_block_and_kind() -> None:
