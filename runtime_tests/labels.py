@@ -84,7 +84,7 @@ def show(entry: Figure | None) -> str:
         return f"{entry.value / 1000:.1f} s"
     if entry.unit == "s" and entry.value >= 120:
         return f"{entry.value / 60:.1f} min"
-    unit = {"per token": "", "relative squared error": "", "squared error": "", "nats/token": "nats/token"}
+    unit = {"per token": "", "relative squared error": "", "squared error": "", "instructions": ""}
     return f"{number(entry.value)} {unit.get(entry.unit, entry.unit)}".rstrip()
 
 

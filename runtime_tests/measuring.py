@@ -35,7 +35,7 @@ from runtime_tests.reproduce import commands
 from runtime_tests.settings import Wishes, settle
 from runtime_tests.speed import memory, samples, speed, thread_row
 from runtime_tests.text import load_decoder
-from runtime_tests.throttling import throttling_notes
+from runtime_tests.throttling import throttling_notes, uneven_note
 from runtime_tests.variants import check_comparable, variant, variant_names
 
 
@@ -266,6 +266,7 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         notes=(
             *notes(greedy, fidelity, facts.deployed),
             *throttling_notes(session.results, generation, execution),
+            *uneven_note(generation, execution),
             *dict.fromkeys(note for result in session.results for note in result.notes),
             *_execution_notes(execution),
         ),

@@ -12,7 +12,7 @@ def commands(
     deployed: Deployed, provenance: Provenance, settings: Settings, device: str, *, profiled: bool
 ) -> tuple[str, ...]:
     """Shell lines: quantize, export, measure. Paths to choose stand in capitals, and what was not recorded."""
-    quantize = ["boa-edge", "quantize", provenance.source.model or "MODEL"]
+    quantize = ["boa-edge", "quantize", _argument(provenance.source.model)]
     quantize += ["--recipe", "BUNDLE/reference/recipe.yaml"]
     if provenance.calibration.source:
         quantize += ["--calibration", provenance.calibration.source]
@@ -30,6 +30,11 @@ def commands(
         shlex.join([*_export(deployed), "-o", "BUNDLE"]),
         shlex.join([*measure, "-o", "REPORT"]),
     )
+
+
+def _argument(model: str | None) -> str:
+    """How `quantize` takes the model; the one that comes along has a name of its own in brackets."""
+    return "default" if model is not None and model.startswith("default (") else model or "MODEL"
 
 
 def _export(deployed: Deployed) -> list[str]:

@@ -16,6 +16,22 @@ _SLOWER = 1.15
 _HOT_STATUS = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
 
 
+# Between counted runs of one workload; less is how devices are.
+_UNEVEN = 1.15
+
+
+def uneven_note(generation: Generation, execution: Execution) -> list[str]:
+    """A note where the counted runs differ more than a device at rest does; none for emulated ones."""
+    means = [sum(run.token_ns) / len(run.token_ns) / 1e6 for run in generation.counted if run.token_ns]
+    if execution != "measured" or len(means) < 2 or not 0 < min(means) * _UNEVEN < max(means):
+        return []
+    return [
+        f"The counted runs differ: a token took {min(means):.4g} ms in the mean of one, {max(means):.4g} ms in that of "
+        "another. Something else used the device, or its clocks changed. Close programs, and measure with more "
+        "--repeats or on fixed --cores."
+    ]
+
+
 def throttling_notes(results: Sequence[RunResult], generation: Generation, execution: Execution) -> list[str]:
     """Notes for the report; none where nothing is amiss or nothing is known."""
     found = []

@@ -21,7 +21,7 @@ from devices.remote.workplace import RemoteWorkplace, sweep
 
 UNTRIED = (
     "How this device is reached has been tested on emulated devices only, not on real hardware: "
-    "`boa-edge devices check` says what works on yours."
+    "boa-edge devices check says what works on yours."
 )
 _NO_HASHER = "The device has no sha256sum: files were checked by fetching them back."
 _MEBIBYTE = 1 << 20

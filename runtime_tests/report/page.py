@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from runtime_tests.report.layers import grid
 from runtime_tests.report.outliers import changed, outlier_chart, worst
 
 _DIRECTORY = Path(__file__).parent
+_ZONES = "temperatures_c."
 
 
 def render(report: Report) -> str:
@@ -47,6 +49,7 @@ def render(report: Report) -> str:
     )
     environment.globals["label"] = partial(label, execution=report.device.execution)
     outliers = report.quantization.outliers
+    state = before_and_after(report.device.state or {})
     return environment.get_template("report.html.j2").render(
         report=report,
         style=Markup((_DIRECTORY / "report.css").read_text(encoding="utf-8")),
@@ -65,6 +68,8 @@ def render(report: Report) -> str:
         figures=[*_figures(report.speed), *_figures(report.memory)],
         recipe=_yaml(report.deployed.recipe),
         split=partial(split_text, report),
+        state=[row for row in state if not row[0].startswith(_ZONES)],
+        zones=[(name.removeprefix(_ZONES), *row) for name, *row in state if name.startswith(_ZONES)],
     )
 
 
@@ -95,8 +100,10 @@ def breakable(name: str) -> Markup:
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested facts as (dotted name, text) rows."""
-    if isinstance(value, Mapping):
+    """Nested facts as (dotted name, text) rows; what cores have each, in one row."""
+    if isinstance(value, Mapping) and value and all(re.fullmatch(r"cpu\d+", str(key)) for key in value):
+        yield prefix, _by_core(value)
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
@@ -108,8 +115,26 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, "unavailable"
     elif isinstance(value, bool):
         yield prefix, "yes" if value else "no"
+    elif prefix.endswith("_bytes") and isinstance(value, int):
+        yield prefix.removesuffix("_bytes"), show_bytes(value)
     else:
         yield prefix, str(value)
+
+
+def _by_core(values: Mapping[str, Any]) -> str:
+    """`schedutil`, or `cpu0-3: schedutil, cpu4-7: performance`."""
+    cores = sorted((int(str(name)[3:]), str(value)) for name, value in values.items())
+    runs = [(list(run), value) for value, run in groupby(cores, key=lambda core: core[1])]
+    if len(runs) == 1:
+        return f"{runs[0][1]} ({'all ' if len(cores) > 1 else ''}{len(cores)})"
+    named = [(run[0][0], run[-1][0], value) for run, value in runs]
+    return ", ".join(f"cpu{first}{f'-{last}' if last > first else ''}: {value}" for first, last, value in named)
+
+
+def before_and_after(state: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """What a device said at both times, as (dotted name, before, after) rows."""
+    first, last = (dict(flatten(state.get(when, {}))) for when in ("before", "after"))
+    return [(name, first.get(name, "unavailable"), last.get(name, "unavailable")) for name in {**first, **last}]
 
 
 def _yaml(document: Mapping[str, Any] | None) -> str | None:

@@ -34,7 +34,7 @@ addEventListener("load", () => {
   const frame = document.querySelector("iframe"), root = frame.contentDocument.documentElement;
   const width = frame.contentWindow.innerWidth;
   const clipped = [...frame.contentDocument.querySelectorAll("main *, header *, footer *")].filter((element) => {
-    if (element.closest(".scroll, svg, details:not([open])")) return false;
+    if (element.closest("svg, details:not([open])" + (PRINTED ? "" : ", .scroll"))) return false;
     const box = element.getBoundingClientRect();
     return box.width && (box.right > width + 1 || box.left < -1);
   });
@@ -92,10 +92,10 @@ def find_chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def measure_page(page: Path, width: int, height: int = 900) -> Measured:
-    """Lay the page out at `width` and measure it."""
+def measure_page(page: Path, width: int, height: int = 900, *, printed: bool = False) -> Measured:
+    """Lay the page out at `width` and measure it; `printed`: as on paper, where nothing scrolls."""
     with tempfile.TemporaryDirectory() as directory:
-        wrapper = _wrapper(Path(directory), page, width, height)
+        wrapper = _wrapper(Path(directory), page, width, height, printed=printed)
         document = _chromium(wrapper, "--dump-dom", "--virtual-time-budget=5000")
     match = re.search(r'<pre id="measured">(.*?)</pre>', document, flags=re.DOTALL)
     assert match is not None, document[:500]
@@ -112,12 +112,19 @@ def take_screenshot(page: Path, width: int, height: int, target: Path, *, dark: 
         _chromium(wrapper, f"--screenshot={target}", window, "--virtual-time-budget=5000", *extra)
 
 
-def _wrapper(directory: Path, page: Path, width: int, height: int) -> Path:
+def print_page(page: Path, target: Path) -> None:
+    """A PDF, as the browser prints it by default."""
+    _chromium(page, f"--print-to-pdf={target}", "--no-pdf-header-footer")
+
+
+def _wrapper(directory: Path, page: Path, width: int, height: int, *, printed: bool = False) -> Path:
     frame = f'<iframe width="{width}" height="{height}" style="border:0;display:block" srcdoc="'
     style = "<style>body{margin:0}pre{display:none}</style>"
-    content = escape(page.read_text(encoding="utf-8"), quote=True)
+    text = page.read_text(encoding="utf-8")
+    content = escape(text.replace("@media print", "@media all") if printed else text, quote=True)
+    flag = f"<script>const PRINTED = {str(printed).lower()};</script>"
     wrapper = directory / "wrapper.html"
-    head = f'<!DOCTYPE html><meta charset="utf-8">{style}<pre id="measured"></pre>{_MEASURE}'
+    head = f'<!DOCTYPE html><meta charset="utf-8">{style}<pre id="measured"></pre>{flag}{_MEASURE}'
     wrapper.write_text(f'{head}{frame}{content}"></iframe>', encoding="utf-8")
     return wrapper
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from report_browser import find_chromium, measure_page, take_screenshot
+from report_browser import find_chromium, measure_page, print_page, take_screenshot
 from report_fakes import Made, activations, make, provenance
 
 SKIP = "BOA_EDGE_SKIP_BROWSER"
+PAPER = 718  # A4 less the browser's margins of 1 cm, in CSS pixels
 
 pytestmark = [
     pytest.mark.browser,
@@ -36,6 +38,20 @@ def test_page_fits_its_window_and_asks_nobody(kind: str, width: int, request: py
     assert page.labels == [], "texts that reach out of their chart"
     assert page.touching == [], "texts that overlap in a chart"
     assert page.smallest >= 9.5
+
+
+@pytest.mark.parametrize("kind", ["emulated", "measured", "hostile"])
+def test_nothing_is_cut_off_on_paper(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    made: Made = request.getfixturevalue(kind)
+    page = measure_page(made.directory / "report.html", PAPER, printed=True)
+    assert page.scroll <= PAPER
+    assert page.clipped == page.labels == page.touching == []
+
+
+def test_it_prints_on_a_few_pages(measured: Made, tmp_path: Path) -> None:
+    print_page(measured.directory / "report.html", tmp_path / "report.pdf")
+    pages = re.findall(rb"/Type /Page\b", (tmp_path / "report.pdf").read_bytes())
+    assert 3 <= len(pages) <= 12
 
 
 @pytest.mark.parametrize("width", [1280, 360])

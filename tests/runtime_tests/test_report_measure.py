@@ -406,3 +406,9 @@ def test_numbers_that_overflowed_are_not_recorded(tmp_path: Path) -> None:
     row = make(tmp_path, bundle={"origin": origin}).report.quantization.comparison[1]
     assert row.perplexity is None
     assert row.kl is not None
+
+
+def test_the_embedded_model_is_named_as_the_command_takes_it(tmp_path: Path) -> None:
+    origin = provenance() | {"source": {"model": "default (SmolLM2-135M-Instruct)", "files": {}}}
+    report = make(tmp_path, bundle={"origin": origin}).report
+    assert report.reproduce[0].startswith("boa-edge quantize default --recipe ")

@@ -15,8 +15,10 @@ from runtime_tests import print_summary
 from runtime_tests.figure import figure
 from runtime_tests.labels import METHODS as LABELS
 from runtime_tests.labels import method_name, number, show, show_bytes, visible
-from runtime_tests.model import LayerError
+from runtime_tests.model import LayerError, OperatorProfile, OperatorTime
+from runtime_tests.report import render
 from runtime_tests.report.layers import grid
+from runtime_tests.report.page import before_and_after, flatten
 from toolchain.methods import METHODS
 
 _VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
@@ -172,6 +174,48 @@ def layer(name: str, value: float | None) -> LayerError:
 def test_every_method_has_a_name_of_its_own() -> None:
     assert len({method_name(name) for name in METHODS}) == len(METHODS)
     assert all(name in LABELS for name in METHODS)
+
+
+def test_what_all_cores_have_stands_once_and_what_differs_by_range() -> None:
+    cores = {f"cpu{core}": 1800 if core < 4 else 2400 for core in range(9)}
+    assert dict(
+        flatten({"khz": cores, "governors": {"cpu0": "a", "cpu10": "a", "cpu2": "a"}, "free_bytes": 8_192_000_000})
+    ) == {
+        "khz": "cpu0-3: 1800, cpu4-8: 2400",
+        "governors": "a (all 3)",
+        "free": "8.19 GB",
+    }
+    assert dict(flatten({"a": {"cpu0": 1, "cpu1": 2, "cpu2": 1}})) == {"a": "cpu0: 1, cpu1: 2, cpu2: 1"}
+    assert dict(flatten({"cpu": {"cpu0": "denied"}, "empty": {}})) == {"cpu": "denied (1)"}
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
+    state = {"before": {"status": 0, "gone": 1}, "after": {"status": 3, "zones": {"a": 41.5}}}
+    assert before_and_after(state) == [
+        ("status", "0", "3"),
+        ("gone", "1", "unavailable"),
+        ("zones.a", "unavailable", "41.5"),
+    ]
+    page = make(tmp_path, state={"temperatures_c": {f"zone{n}:cpu": 40.0 + n for n in range(9)}, "load": 7}).html
+    assert page.count("Temperatures of the thermal zones") == 1
+    assert page.count("zone8:cpu") == 1
+    assert "temperatures_c" not in page
+
+
+def test_small_operators_stand_together_and_nothing_is_lost(measured: Made) -> None:
+    times = [("Big", 9_000), ("Medium", 10), *((f"Small{n}", 9) for n in range(5))]
+    operators = tuple(OperatorTime(name=name, delegated=False, calls=2, ns=ns) for name, ns in times)
+    profile = OperatorProfile(file="p.json", execution="measured", total_ns=10_000, rest_ns=945, operators=operators)
+    page = render(measured.report.model_copy(update={"profile": profile}))
+    assert "5 more, below 0.1 % each" in page
+    assert "Small" not in page
+    assert "Run by" not in page
+    mixed = profile.model_copy(
+        update={"operators": (*operators[:1], operators[1].model_copy(update={"delegated": True}))}
+    )
+    page = render(measured.report.model_copy(update={"profile": mixed}))
+    assert "Run by" in page
+    assert "more, below" not in page
 
 
 def test_layers_stand_by_block_and_kind() -> None:

@@ -79,10 +79,10 @@ def test_markdown_is_a_table_that_nothing_in_it_can_break(together: tuple[tuple[
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 360])
-def test_the_page_fits(together: tuple[tuple[Report, ...], Path], width: int) -> None:
+@pytest.mark.parametrize(("width", "printed"), [(1280, False), (360, False), (718, True)])
+def test_the_page_fits(together: tuple[tuple[Report, ...], Path], width: int, printed: bool) -> None:
     if not find_chromium():
         pytest.skip("Chromium is not installed")
-    page = measure_page(together[1] / "report.html", width)
+    page = measure_page(together[1] / "report.html", width, printed=printed)
     assert page.scroll <= width
     assert page.clipped == page.requests == page.labels == page.touching == []
