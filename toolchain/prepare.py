@@ -24,9 +24,11 @@ from toolchain.outliers import PLACES, Outliers, measure_outliers, observe
 from toolchain.recipe import CacheChoice, Recipe
 from toolchain.rotation_learning import Learning, learn_rotations
 from toolchain.statistics.covariance import Covariance
+from toolchain.tables import head_samples
 from toolchain.transforms import (
     Pair,
     Smooth,
+    SmoothHead,
     Transform,
     apply,
     refusal,
@@ -34,10 +36,12 @@ from toolchain.transforms import (
     turns_of,
     value_sharing,
 )
-from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH
+from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH, SMOOTH_HEAD
+from toolchain.transforms.smooth_descent import STEPS
 from toolchain.transforms.smooth_search import search_smoothing, solved_costs
 
 _SEQUENCES = 8  # of calibration text that is looked at
+_HEAD_SEQUENCES = 4  # the same, for the head, whose inputs are seen at the end of the model alone
 _SAMPLES, _ROWS = 256, 384  # tokens and rows of the weight on which a smoothing strength is tried
 _CHECKED_TOKENS = 32
 _LARGEST_DRIFT = 1e-3  # of log-probabilities, in float32
@@ -136,6 +140,8 @@ def _step(
     if name == SMOOTH:
         smooth, found, left = distributed.from_main(lambda: _smoothing(source, recipe, rows))
         return [smooth], [], found, left
+    if name == SMOOTH_HEAD:
+        return *distributed.from_main(lambda: _head_smoothing(source, recipe, rows)), [], []
     if name != LEARNED_ROTATION:
         return ROTATIONS[name](recipe.seed), [], [], []
     plan, how = _plan(source, recipe), Learning(**recipe.learning.model_dump())
@@ -179,11 +185,6 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
     chosen = recipe.activations
     scheme = FLOAT if chosen is None else ActivationFormat(chosen.scheme)
 
-    def quantized(x: Tensor) -> Tensor:
-        narrow = x.to(torch.float32)
-        limits = (float(x.min()), float(x.max())) if scheme.needs_range else None
-        return simulate(narrow, scheme, group_size=fmt.group_size, static_range=limits).to(x.dtype)
-
     scales: dict[tuple[int, Pair], Tensor] = {}
     left: list[Outliers] = []
     cache, samples, turns = recipe.kv_cache, HeadSamples(), _turns(source)
@@ -196,7 +197,7 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
                 continue
             weight = torch.cat([weights[role] for role in readers if role in weights])
             shared = value_sharing(spec) if pair == "v_o" else None
-            scale = _search(weight, inputs[place], fmt, quantized, shared, recipe.options is not None)
+            scale = _search(weight, inputs[place], fmt, scheme, shared, recipe.options is not None)
             scales[index, pair] = scale.view(scale_shape(spec, index, pair))
             scaled[place] = inputs[place] / (scale if shared is None else scale[shared]).to(inputs[place])
             if writer is not None:
@@ -219,21 +220,48 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
     return Smooth(scales), found, [*left, found[-1]]
 
 
+def _head_smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[list[Transform], list[str]]:
+    """Scales of what the head takes in; none, and why, where it meets no quantized activations."""
+    spec, plan = source.spec, _plan(source, recipe)
+    if plan is None or recipe.embedding is None or spec.head not in plan.group_sizes:
+        return [], [f"{SMOOTH_HEAD}: left out, the head's inputs stay in floating point"]
+    own = recipe.embedding
+    fmt = GridFormat(own.bits, own.group_size, True, recipe.round_scales)
+    x = head_samples(source, rows[:_HEAD_SEQUENCES])
+    weight = source.parameter(f"{spec.head}.weight").data
+    scale = _search(weight, x, fmt, plan.format, None, recipe.options is not None)
+    return [SmoothHead(scale)], []
+
+
 def _search(
     weight: Tensor,
     x: Tensor,
     fmt: GridFormat,
-    quantized: Callable[[Tensor], Tensor],
+    scheme: ActivationFormat,
     shared: Tensor | None,
     solved: bool,
 ) -> Tensor:
+    def quantized(x: Tensor) -> Tensor:
+        narrow = x.to(torch.float32)
+        limits = (float(x.min()), float(x.max())) if scheme.needs_range else None
+        return simulate(narrow, scheme, group_size=fmt.group_size, static_range=limits).to(x.dtype)
+
     spread = torch.linspace(0, len(x) - 1, min(_SAMPLES, len(x))).round().to(torch.int64)
     covariance = Covariance(x.shape[1], x)
     covariance.add(x)
     hessian = covariance.hessian()
     costs = solved_costs(hessian) if solved else hessian
     found = search_smoothing(
-        weight, costs, x.abs().amax(0), x[spread], fmt, quantized, shared=shared, rows=_ROWS, dtype=torch.float32
+        weight,
+        costs,
+        x.abs().amax(0),
+        x[spread],
+        fmt,
+        quantized,
+        shared=shared,
+        rows=_ROWS,
+        dtype=torch.float32,
+        steps=STEPS.get(scheme.scheme, "unknown"),
     )
     return found.scales
 

@@ -89,11 +89,14 @@ class Segments:
         return [first, d.input(cache), d.input(cache), d.input((tokens, kept.slots))]
 
     def _embedded(self, d: Delegate, x: Value, added: Value | None) -> Value:
-        if self.spec.embedding_scale != 1.0:
-            x = d.multiply(x, d.scalar(self.spec.embedding_scale))
-        if added is not None:
-            x = d.add(x, added)
-        return self._product(d, x, self.spec.embedding, "output")
+        spec = self.spec
+        if spec.embedding_scale != 1.0:
+            x = d.multiply(x, d.scalar(spec.embedding_scale))
+        x = self._product(d, x, spec.embedding, "output")
+        if added is None:
+            return x
+        assert spec.position_table is not None
+        return d.add(x, self._product(d, added, spec.position_table, "output"))
 
     def _queries_keys_values(
         self, d: Delegate, x: Value, layer: int, turn: tuple[Value, Value] | None
@@ -257,6 +260,8 @@ def _turned(d: Delegate, x: Value, turn: tuple[Value, Value], half: int) -> Valu
 
 def _times(d: Delegate, x: Value, product: OnlineProduct) -> Value:
     """x M along the last axis, M the Kronecker product of the factors, once for each part of x of their size."""
+    if product.diagonal is not None:
+        return d.multiply(x, d.constant(product.diagonal.numpy().astype(np.float32)))
     sizes = [factor.shape[0] for factor in product.factors]
     if sizes == [x.dims[-1]]:
         return d.linear(x, _matrix(product.factors[0]))

@@ -31,6 +31,7 @@ from toolchain.transforms.runtime import (
     turns_of,
 )
 from toolchain.transforms.smooth import PAIRS, Pair, Smooth, refusal, scale_shape, value_sharing
+from toolchain.transforms.smooth_head import SmoothHead
 
 __all__ = [
     "PAIRS",
@@ -44,6 +45,7 @@ __all__ = [
     "RotateValues",
     "Runtime",
     "Smooth",
+    "SmoothHead",
     "Transform",
     "apply",
     "from_record",
@@ -91,6 +93,8 @@ def apply(source: SourceModel, transforms: Sequence[Transform]) -> tuple[SourceM
     known = dict(model.named_parameters(remove_duplicate=False))
     tables: dict[str, Tensor] = {name: known[name] for name in table_names(spec) if name in known}
     _put(model, tables, transform_tables(spec, transforms, tables))
+    if after.tied_embeddings and f"{spec.head}.weight" in tables:
+        model.get_submodule(spec.head).weight = model.get_submodule(spec.embedding).weight
     config = source.config
     if after.tied_embeddings != spec.tied_embeddings:
         config = {**config, "tie_word_embeddings": after.tied_embeddings}

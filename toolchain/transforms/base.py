@@ -73,23 +73,25 @@ def transform_block(
     spec: DecoderSpec, transforms: Sequence[Transform], layer: int, parameters: Parameters
 ) -> dict[str, Tensor]:
     """The parameters of block `layer` after all transforms, computed in float64, in the dtypes that they came in."""
-    return _in_float64(parameters, transforms, lambda transform, held: transform.block(spec, layer, held))
+    return _in_float64(spec, parameters, transforms, lambda transform, own, held: transform.block(own, layer, held))
 
 
 def transform_tables(spec: DecoderSpec, transforms: Sequence[Transform], parameters: Parameters) -> dict[str, Tensor]:
     """The same of what stands around the blocks."""
-    return _in_float64(parameters, transforms, lambda transform, held: transform.tables(spec, held))
+    return _in_float64(spec, parameters, transforms, lambda transform, own, held: transform.tables(own, held))
 
 
 def _in_float64(
+    spec: DecoderSpec,
     parameters: Parameters,
     transforms: Sequence[Transform],
-    function: Callable[[Transform, Parameters], dict[str, Tensor]],
+    function: Callable[[Transform, DecoderSpec, Parameters], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     before = {name: tensor.detach().to(torch.float64) for name, tensor in parameters.items()}
     after = dict(before)
     for transform in transforms:
-        after = function(transform, after)
+        after = function(transform, spec, after)
+        spec = transform.spec_after(spec)
     return {
         name: tensor if after[name] is before[name] else after[name].to(tensor.dtype)
         for name, tensor in parameters.items()

@@ -9,6 +9,7 @@ from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.rotate import RotateResidual, RotateValues
 
 SMOOTH = "smooth"
+SMOOTH_HEAD = "smoothhead"
 LEARNED_ROTATION = "learnedrotation"
 
 # A new rotation is one line here. Smoothing and learned rotations are not: they are searched for on the model.
@@ -19,4 +20,4 @@ ROTATIONS: dict[str, Callable[[int], list[Transform]]] = {
     "rotatekeys": lambda seed: [RotateQueryKey(seed)],
     "rotatedown": lambda seed: [RotateDown()],
 }
-NAMES = (SMOOTH, *ROTATIONS, LEARNED_ROTATION)
+NAMES = (SMOOTH, SMOOTH_HEAD, *ROTATIONS, LEARNED_ROTATION)

@@ -17,10 +17,20 @@ from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.rotate import RotateResidual, RotateValues
 from toolchain.transforms.runtime import check_transforms
 from toolchain.transforms.smooth import Smooth
+from toolchain.transforms.smooth_head import SmoothHead
 
 KINDS: dict[str, type[Transform]] = {
     each.kind: each
-    for each in (Smooth, RotateResidual, RotateValues, RotateQueryKey, RotateDown, LearnedResidual, LearnedValues)
+    for each in (
+        Smooth,
+        SmoothHead,
+        RotateResidual,
+        RotateValues,
+        RotateQueryKey,
+        RotateDown,
+        LearnedResidual,
+        LearnedValues,
+    )
 }
 
 

@@ -20,6 +20,7 @@ from toolchain.statistics.attention import ATTENTION
 from toolchain.transforms.base import Transform
 from toolchain.transforms.product import OnlineProduct
 from toolchain.transforms.smooth import Smooth
+from toolchain.transforms.smooth_head import SmoothHead
 
 _TURNED_ATTENTION = "boa_edge_turned"
 _PRODUCT = "boa_edge_query_key_product"
@@ -44,8 +45,11 @@ def check_transforms(spec: DecoderSpec, transforms: Sequence[Transform]) -> None
     for transform in transforms:
         transform.check(spec)
         kind = transform.kind.removesuffix("_learned")
-        if kind in seen and kind in ("r1", "r3", "r4"):
+        if kind in seen and kind in ("r1", "r3", "r4", SmoothHead.kind):
             raise UsageError(f"{kind} comes twice", where="transforms", fix="Keep one")
+        if kind == "r1" and SmoothHead.kind in seen:
+            problem = f"r1 comes after {SmoothHead.kind}, whose scales belong to the channels as they are in the end"
+            raise UsageError(problem, where="transforms", fix="Rotate first")
         if isinstance(transform, Smooth) and "r4" in seen and any(pair == "up_down" for _, pair in transform.scales):
             problem = "smooth up_down comes after r4, which mixes the channels between up and down"
             raise UsageError(problem, where="transforms", fix="Smooth first")
@@ -58,8 +62,15 @@ def transforms_of(model: nn.Module) -> tuple[Transform, ...]:
 
 
 def online_products(spec: DecoderSpec, transforms: Sequence[Transform]) -> list[OnlineProduct]:
-    """Every product that the running model computes besides its own, by place and layer: what exporters write down."""
-    return [product for transform in transforms for product in transform.products(spec)]
+    """Every product that the running model computes besides its own: what exporters write down.
+
+    In the order in which they are computed where several stand at one place: what a later transform has done to a table
+    is undone first.
+    """
+    found = [product for transform in transforms for product in transform.products(spec)]
+    after = [product for transform in reversed(transforms) for product in transform.products(spec)]
+    outputs = [product for product in after if product.place == "output"]
+    return [*outputs, *(product for product in found if product.place != "output")]
 
 
 def turns_of(model: nn.Module, spec: DecoderSpec) -> dict[int, OnlineProduct]:
@@ -83,11 +94,16 @@ def install_runtime(model: nn.Module, spec: DecoderSpec, transforms: Sequence[Tr
     setattr(model, _TRANSFORMS, (*before, *transforms))
     undo: list[Callable[[], None]] = [lambda: setattr(model, _TRANSFORMS, before)]
     products = online_products(spec, transforms)
+    # Hooks of outputs go before those that a model has already, so the last of them first.
+    for product in reversed(products):
+        if product.place == "output":
+            hook = model.get_submodule(product.module).register_forward_hook(_after(product), prepend=True)
+            undo.append(hook.remove)
     for product in products:
         module = model.get_submodule(product.module)
         if product.place == "output":
-            undo.append(module.register_forward_hook(_after(product)).remove)
-        elif product.place == "input":
+            continue
+        if product.place == "input":
             undo.append(module.register_forward_pre_hook(_before(product)).remove)
         else:
             setattr(module, _PRODUCT, product)

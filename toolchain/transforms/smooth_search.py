@@ -8,23 +8,27 @@ rounded to the nearest point of their grid, and the activations x' + dx,
 
     E|dW x'|^2 = tr(dW H' dW^T) / 2, H' = 2 E[x' x'^T] = diag(1/s) H diag(1/s)        and        E|W' dx|^2
 
-are added: errors of rounding are taken to be independent of each other.
+are added: errors of rounding are taken to be independent of each other. From the best of these, descent channel by
+channel (`smooth_descent`) goes on, and its scales are taken where they have less of the same error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
 from toolchain.solvers.linear_algebra import remaining_costs
+from toolchain.transforms.smooth_descent import Steps, descend
 
 STRENGTHS = tuple(step / 10 for step in range(11))
 _SMALLEST_MAXIMUM = 1e-5  # as in SmoothQuant's code
-_LARGEST_SCALE = 2.0**12
+_LARGEST_EXPONENT = 12
+_LARGEST_SCALE = 2.0**_LARGEST_EXPONENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,8 @@ class Smoothing:
 
     Attributes:
         scales: float64 [scales].
-        strength: alpha; None for no smoothing.
+        strength: alpha; None for no smoothing. Where descent has gone on, what it began with.
+        descended: whether it has.
         weight_error, activation_error: E|dW x'|^2 and E|W' dx|^2 per token.
     """
 
@@ -41,6 +46,7 @@ class Smoothing:
     strength: float | None
     weight_error: float
     activation_error: float
+    descended: bool = False
 
     @property
     def error(self) -> float:
@@ -62,6 +68,7 @@ def search_smoothing(
     powers_of_two: bool = True,
     rows: int | None = None,
     dtype: torch.dtype = torch.float64,
+    steps: Steps | Literal["unknown"] | None = "unknown",
 ) -> Smoothing:
     """The scales of one pair with the least error; never more than without smoothing.
 
@@ -77,6 +84,8 @@ def search_smoothing(
         powers_of_two: round scales so that they can be folded without rounding.
         rows: how many of the weight's rows, evenly spaced, errors are taken of; None: of all.
         dtype: in which errors are computed.
+        steps: of the activations, None where they are in floating point; "unknown" leaves descent out. It is left out
+            too where scales are shared and where the weights have no groups.
 
     Raises:
         ValueError: shapes that do not go together.
@@ -111,7 +120,13 @@ def search_smoothing(
         tried = measured(smoothing_scales(maxima, largest, shared, strength, powers_of_two), strength)
         if tried.error < best.error:
             best = tried
-    return best
+    size = fmt.group_size
+    if steps == "unknown" or size is None or columns % size or not torch.equal(shared, torch.arange(columns)):
+        return best
+    costs = hessian.diagonal() if hessian.ndim == 2 else hessian
+    found = descend(weight, 0.5 * costs, samples, best.scales, size, fmt.bits, steps, _LARGEST_EXPONENT)
+    tried = replace(measured(found, best.strength), descended=True)
+    return tried if tried.error < best.error else best
 
 
 def solved_costs(hessian: Tensor, damping: float = 0.01) -> Tensor:
