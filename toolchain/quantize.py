@@ -205,7 +205,7 @@ def _quantize_and_score(
     guarded: Guarded | None = None
     if plan is not None and recipe.activations is not None:
         budget = recipe.activations.budget
-        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.sequences, budget, prepared.cache))
+        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.held_out, budget, prepared.cache))
     seconds = time.monotonic() - start
     fidelity = distributed.from_main(lambda: _score(prepared, recipe, quantized, guarded, text))
     assert fidelity.kl is not None

@@ -6,15 +6,30 @@ import re
 from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.files import read_json
+from toolchain.families import DecoderSpec, describe
 from toolchain.loading.default import default_model_file
-from toolchain.loading.gguf import load_gguf
+from toolchain.loading.gguf import describe_gguf, load_gguf
 from toolchain.loading.hub import download
 from toolchain.loading.huggingface import load_directory, load_tokenizer
 from toolchain.loading.source import SourceModel
 
-__all__ = ["SourceModel", "load_source", "load_tokenizer"]
+__all__ = ["SourceModel", "describe_source", "load_source", "load_tokenizer"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def describe_source(model: str) -> DecoderSpec | None:
+    """What decoder it is, from its configuration alone; None where that would have to be downloaded, or is none.
+
+    Raises:
+        BoaEdgeError: the configuration is broken, or of a model that nobody serves.
+    """
+    path = default_model_file() if model == "default" else Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return describe_gguf(path)
+    config = path / "config.json"
+    return describe(read_json(config, "the model's config"), config) if config.is_file() else None
 
 
 def load_source(model: str, stream: bool | None = False) -> SourceModel:

@@ -11,11 +11,12 @@ from typing import Any
 import gguf
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import sha256_file
-from toolchain.families import FAMILIES, describe
+from toolchain.families import FAMILIES, DecoderSpec, describe
 from toolchain.loading.source import SourceModel
 
 _DAMAGED = (ValueError, IndexError, OverflowError, struct.error, UnicodeDecodeError, KeyError, OSError)
@@ -29,14 +30,7 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
     Raises:
         BoaEdgeError: the file is damaged, of a family that nobody serves, or says what `transformers` does not read.
     """
-    reader = _open(path)
-    metadata = _metadata(reader, path)
-    architecture = metadata.get("general.architecture")
-    accepted = sorted(name for family in FAMILIES for name in family.gguf_architectures)
-    if architecture not in accepted:
-        problem = f"GGUF of architecture {architecture!r}"
-        raise BoaEdgeError(problem, where=path, fix=f"Accepted: {', '.join(accepted)}")
-    _check_understood(metadata, path)
+    reader, metadata = _read_checked(path)
     try:
         with _read_once(reader, path):
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -66,6 +60,36 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
         spec=describe(document, path),
         files={path.name: sha256_file(path)},
     )
+
+
+def describe_gguf(path: Path) -> DecoderSpec:
+    """What `load_gguf` would find, from the file's metadata alone.
+
+    Raises:
+        BoaEdgeError: as `load_gguf`.
+    """
+    reader, _ = _read_checked(path)
+    try:
+        with _read_once(reader, path):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, NotImplementedError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BoaEdgeError(f"cannot be read ({reason})", where=path) from None
+    return describe({**config.to_dict(), "architectures": [name]}, path)
+
+
+def _read_checked(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
+    """The file and its metadata. BoaEdgeError where `transformers` would read it wrongly or not at all."""
+    reader = _open(path)
+    metadata = _metadata(reader, path)
+    architecture = metadata.get("general.architecture")
+    accepted = sorted(name for family in FAMILIES for name in family.gguf_architectures)
+    if architecture not in accepted:
+        problem = f"GGUF of architecture {architecture!r}"
+        raise BoaEdgeError(problem, where=path, fix=f"Accepted: {', '.join(accepted)}")
+    _check_understood(metadata, path)
+    return reader, metadata
 
 
 def _open(path: Path) -> GGUFReader:
