@@ -11,13 +11,13 @@ from typing import Any
 
 from boa_edge import __version__
 from boa_edge.errors import UsageError
-from boa_edge.files import disk_errors, read_json, sha256_file, write_text
+from boa_edge.files import disk_errors, sha256_file, write_text
 from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export, no_lengths
 from exporters.base import Activations, Request
 from runtime_tests import Wishes, measure_together, print_summary
-from toolchain.families import describe
+from toolchain.loading import describe_source
 from toolchain.quantize import quantize
 from toolchain.recipe import Recipe, load_recipe
 
@@ -114,8 +114,8 @@ def _foresee(
     lengths: dict[str, int | None],
 ) -> None:
     """UsageError for what no export could hold, before hours of quantizing."""
-    config = Path(model).expanduser() / "config.json"
-    spec = describe(read_json(config, "the model's config"), config) if config.is_file() else None
+    # A GGUF file's metadata takes seconds to read; what is asked of every model without lengths can wait for the load.
+    spec = describe_source(model) if Path(model).expanduser().is_dir() or any(lengths.values()) else None
     for runtime, form in runtimes.values():
         exporter = EXPORTERS[runtime]
         own = lengths if exporter.lengths else {}

@@ -13,6 +13,7 @@ from boa_edge.pipeline import run_all
 from exporters import EXPORTERS, Request
 from tests.conftest import make_model, tiny_config
 from tests.toolchain.families import CONFIGS
+from tests.toolchain.test_gguf_families import model_of, write
 from toolchain.families import describe
 from toolchain.recipe import DEFAULT_RECIPE, load_recipe, parse_recipe
 
@@ -113,6 +114,23 @@ def test_the_pipeline_asks_before_it_works(tmp_path: Path, runtime: str, name: s
             calibration=None,
             compare=(),
             activations=None,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_that_a_gguf_model_does_not_read_is_refused_before_it_is_quantized(tmp_path: Path) -> None:
+    model = write(tmp_path / "m.gguf", "qwen2", model_of("qwen2"))
+    with pytest.raises(UsageError, match=r"--context: a context of 9000 tokens.*1 to 128"):
+        run_all(
+            tmp_path / "out",
+            model=str(model),
+            recipe="w4g32-rtn",
+            runtime="executorch",
+            device="host",
+            calibration=None,
+            compare=(),
+            activations=None,
+            context_length=9000,
         )
     assert not (tmp_path / "out").exists()
 

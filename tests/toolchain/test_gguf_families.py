@@ -18,7 +18,7 @@ from transformers import (
 
 from boa_edge.errors import BoaEdgeError
 from tests.conftest import byte_tokenizer
-from toolchain.loading import load_source
+from toolchain.loading import describe_source, load_source
 
 _SHAPE = {
     "hidden_size": 64,
@@ -101,8 +101,10 @@ def model_of(architecture: str, **changes: object) -> torch.nn.Module:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_a_gguf_file_is_the_model_it_was_written_from(tmp_path: Path, architecture: str) -> None:
     model = model_of(architecture)
-    source = load_source(str(write(tmp_path / "m.gguf", architecture, model)))
+    path = str(write(tmp_path / "m.gguf", architecture, model))
+    source = load_source(path)
     assert source.spec.family == architecture
+    assert describe_source(path) == source.spec
     tokens = torch.randint(2, 260, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = (each(tokens, use_cache=False).logits for each in (model, source.model))
