@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from toolchain.transforms import (
     value_sharing,
 )
 from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH, SMOOTH_HEAD
-from toolchain.transforms.smooth_descent import STEPS
+from toolchain.transforms.smooth_descent import STEPS, Steps
 from toolchain.transforms.smooth_search import search_smoothing, solved_costs
 
 _SEQUENCES = 8  # of calibration text that is looked at
@@ -197,7 +197,9 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
                 continue
             weight = torch.cat([weights[role] for role in readers if role in weights])
             shared = value_sharing(spec) if pair == "v_o" else None
-            scale = _search(weight, inputs[place], fmt, scheme, shared, recipe.options is not None)
+            # Without groups, descent looks at one channel at a time: too long for every pair.
+            steps = STEPS[scheme.scheme] if fmt.group_size is not None else "unknown"
+            scale = _search(weight, inputs[place], fmt, scheme, shared, steps, recipe.options is not None)
             scales[index, pair] = scale.view(scale_shape(spec, index, pair))
             scaled[place] = inputs[place] / (scale if shared is None else scale[shared]).to(inputs[place])
             if writer is not None:
@@ -229,7 +231,8 @@ def _head_smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[
     fmt = GridFormat(own.bits, own.group_size, True, recipe.round_scales)
     x = head_samples(source, rows[:_HEAD_SEQUENCES])
     weight = source.parameter(f"{spec.head}.weight").data
-    scale = _search(weight, x, fmt, plan.format, None, recipe.options is not None)
+    steps = STEPS[plan.format.scheme]
+    scale = _search(weight, x, fmt, plan.format, None, steps, recipe.options is not None)
     return [SmoothHead(scale)], []
 
 
@@ -239,6 +242,7 @@ def _search(
     fmt: GridFormat,
     scheme: ActivationFormat,
     shared: Tensor | None,
+    steps: Steps | Literal["unknown"] | None,
     solved: bool,
 ) -> Tensor:
     def quantized(x: Tensor) -> Tensor:
@@ -261,7 +265,7 @@ def _search(
         shared=shared,
         rows=_ROWS,
         dtype=torch.float32,
-        steps=STEPS.get(scheme.scheme, "unknown"),
+        steps=steps,
     )
     return found.scales
 

@@ -15,6 +15,7 @@ the sum falls: it never rises, and scales that were powers of two stay so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,11 +38,13 @@ class Steps:
     blocks: bool
 
 
-# By scheme; schemes with calibrated ranges are not here: their range belongs to no token.
-STEPS: dict[str, Steps | None] = {
+# By scheme. A calibrated range belongs to no token, so nothing is known of its step by token.
+STEPS: dict[str, Steps | Literal["unknown"] | None] = {
     "per_block": Steps(127, blocks=True),
     "per_token": Steps(255, blocks=False),
     "per_row": Steps(255, blocks=False),
+    "static_int8": "unknown",
+    "static_uint8": "unknown",
     "float": None,
 }
 

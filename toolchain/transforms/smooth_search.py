@@ -85,7 +85,7 @@ def search_smoothing(
         rows: how many of the weight's rows, evenly spaced, errors are taken of; None: of all.
         dtype: in which errors are computed.
         steps: of the activations, None where they are in floating point; "unknown" leaves descent out. It is left out
-            too where scales are shared and where the weights have no groups.
+            too where scales are shared and where activations have blocks but the weights no groups.
 
     Raises:
         ValueError: shapes that do not go together.
@@ -120,8 +120,9 @@ def search_smoothing(
         tried = measured(smoothing_scales(maxima, largest, shared, strength, powers_of_two), strength)
         if tried.error < best.error:
             best = tried
-    size = fmt.group_size
-    if steps == "unknown" or size is None or columns % size or not torch.equal(shared, torch.arange(columns)):
+    size = fmt.group_size or columns
+    apart = fmt.group_size is None and isinstance(steps, Steps) and steps.blocks  # blocks that are no groups
+    if steps == "unknown" or apart or columns % size or not torch.equal(shared, torch.arange(columns)):
         return best
     costs = hessian.diagonal() if hessian.ndim == 2 else hessian
     found = descend(weight, 0.5 * costs, samples, best.scales, size, fmt.bits, steps, _LARGEST_EXPONENT)
