@@ -21,7 +21,7 @@ from devices import GenerateRequest, RunResult, ScoreRequest, open_device
 from devices.binaries import RUNNERS, files_for
 from runtime_tests.profiling import read_profile
 
-EMULATED = [pytest.param(name, marks=pytest.mark.emulated) for name in ("arm64", "arm64-a53")]
+EMULATED = [pytest.param(name, marks=pytest.mark.emulated) for name in ("arm64", "arm64-a53", "arm64-i8mm")]
 DEVICES = ["host", *EMULATED]
 SHAPES = {"attention": ATTENTION, "quantized": QUANTIZED}
 # Float programs differ by the order of sums only. A tie of int8 rounding may fall otherwise on another CPU.
