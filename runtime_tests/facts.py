@@ -14,7 +14,7 @@ from boa_edge.files import read_json
 from exporters.bundle import Bundle
 from runtime_tests.figure import figure
 from runtime_tests.model import BundleFile, Deployed
-from runtime_tests.placement import read_placement
+from runtime_tests.placement import read_kernels, read_placement
 from runtime_tests.provenance import Provenance, read_provenance
 from runtime_tests.reference import Reference, read_reference
 from toolchain.recipe import Recipe
@@ -72,6 +72,7 @@ def _deployed(bundle: Bundle, provenance: Provenance) -> Deployed:
         model_size=figure(weights, "bytes", "measured"),
         original_size=None if original is None else figure(original, "bytes", "measured"),
         placement=read_placement(bundle),
+        kernels=read_kernels(bundle),
         files=files,
     )
 

@@ -47,6 +47,18 @@ class Placement(Frozen):
     float_linears: tuple[str, ...]
 
 
+class Kernels(Frozen):
+    """What ONNX Runtime ran when the bundle was made, on the machine that made it.
+
+    Attributes:
+        kernels: operator -> how many nodes of it.
+        float_products: names of the nodes that multiply float32 matrices.
+    """
+
+    kernels: dict[str, Count]
+    float_products: tuple[str, ...]
+
+
 class Deployed(Frozen):
     """What was put on the device.
 
@@ -60,6 +72,7 @@ class Deployed(Frozen):
         model_size: the graph and its weights.
         original_size: the parameters of the unquantized model, where it was recorded.
         placement: what runs in delegates, of runtimes that have them.
+        kernels: what ran, of runtimes without, where the export tried it.
     """
 
     bundle: str
@@ -74,6 +87,7 @@ class Deployed(Frozen):
     model_size: Figure
     original_size: Figure | None = None
     placement: Placement | None = None
+    kernels: Kernels | None = None
     files: tuple[BundleFile, ...]
 
 

@@ -25,6 +25,7 @@ from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
+KERNELS = "kernels.json"
 
 _OPSET = 23
 _OPSET_INT2 = 25
@@ -109,7 +110,7 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
 
 
 def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
-    """Write `model.onnx`, `model.onnx.data` and `runtime.json`, and prove that they load and run.
+    """Write `model.onnx`, `model.onnx.data`, `runtime.json` and `kernels.json`, and prove that they load and run.
 
     Raises:
         BoaEdgeError: the checkpoint is broken, or the graph fails a check.
@@ -140,7 +141,9 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         decoder = chosen.decoder(graph, checkpoint, activations)
         decoder.build()
     graph.save(directory / MODEL, importlib.metadata.version("boa-edge"))
-    verify(directory / MODEL, runtime, weights.size)
+    ran = verify(directory / MODEL, runtime, weights.size)
+    if ran is not None:
+        write_json(directory / KERNELS, ran.document())
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
     chosen.companions(checkpoint, directory, runtime)
     notes = (*_notes(checkpoint, activations, name), *decoder.notes)

@@ -77,6 +77,8 @@ def test_codes_and_kernels(
     assert kinds["SkipSimplifiedLayerNormalization"] == 4
     assert kinds["GatherBlockQuantized"] == 1
     assert not kinds.keys() & {"MatMul", "FusedMatMul", "Gemm", "DequantizeLinear", "Cos", "Range", "RotaryEmbedding"}
+    told = json.loads((bundle.path / "kernels.json").read_text())
+    assert told == {"schema_version": 1, "kernels": dict(sorted(kinds.items())), "float_products": []}
     for node in nodes:
         each = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type == "MatMulNBits":

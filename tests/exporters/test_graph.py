@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,8 @@ def test_codes_and_kernels(
     unfused = (activations == "float32") * (1 + 7 * (bits == 8))
     assert kinds["MatMulNBits"] == 8 - unfused
     assert kinds["MatMul"] == unfused
+    told = json.loads((bundle.path / "kernels.json").read_text())
+    assert told["float_products"] == sorted(node.name for node in nodes if node.op_type == "MatMul")
     assert kinds["DequantizeLinear"] == 1 + unfused  # one for the rows of the embedding table
     assert kinds["FusedMatMul"] == kinds["Gemm"] == 0
     assert {each["accuracy_level"] for each in attributes} <= {4 if activations == "int8" else 1}

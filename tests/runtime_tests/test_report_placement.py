@@ -23,15 +23,22 @@ LOWERING = {
 }
 
 
-def with_lowering(directory: Path, document: object) -> Path:
+KERNELS = {
+    "schema_version": 1,
+    "kernels": {"MatMulNBits": 211, "MatMul": 2, HOSTILE: 1},
+    "float_products": ["/model/embed_tokens/r1/MatMul", "/model/norm/r1_inverse/MatMul"],
+}
+
+
+def with_file(directory: Path, name: str, document: object) -> Path:
     path = make_bundle(directory / "bundle", origin=provenance())
-    (path / "lowering.json").write_text(json.dumps(document))
+    (path / name).write_text(json.dumps(document))
     write_manifest(path)
     return path
 
 
 def test_shown(tmp_path: Path, emulated: Made) -> None:
-    report = measure(with_lowering(tmp_path, LOWERING), make_device(), tmp_path / "report")
+    report = measure(with_file(tmp_path, "lowering.json", LOWERING), make_device(), tmp_path / "report")
     assert report.deployed.placement is not None
     assert report.deployed.placement.outside == LOWERING["outside"]
     document = (tmp_path / "report" / "report.html").read_text()
@@ -42,6 +49,28 @@ def test_shown(tmp_path: Path, emulated: Made) -> None:
     assert HOSTILE not in document
     assert emulated.report.deployed.placement is None
     assert "What runs where" not in emulated.html
+
+
+@pytest.mark.parametrize("products", [KERNELS["float_products"], []])
+def test_kernels_are_shown(products: list[str], tmp_path: Path, emulated: Made) -> None:
+    document = {**KERNELS, "float_products": products}
+    report = measure(with_file(tmp_path, "kernels.json", document), make_device(), tmp_path / "report")
+    assert report.deployed.kernels is not None
+    assert report.deployed.kernels.kernels == KERNELS["kernels"]
+    page = (tmp_path / "report" / "report.html").read_text()
+    words = Page(page).words
+    assert "ONNX Runtime ran 214 nodes when the bundle was made" in words
+    assert ("2 of them multiply float32 matrices" in words) == bool(products)
+    assert ("None of them multiplies float32 matrices" in words) == (not products)
+    assert all(name in words.replace(" ", "") for name in products)
+    assert HOSTILE not in page
+    assert emulated.report.deployed.kernels is None
+
+
+def test_kernels_are_checked(tmp_path: Path) -> None:
+    document = {**KERNELS, "float_products": "all"}
+    with pytest.raises(BoaEdgeError, match=r"kernels.json: float_products: .*Export the checkpoint again"):
+        measure(with_file(tmp_path, "kernels.json", document), make_device(), tmp_path / "report")
 
 
 @pytest.mark.parametrize(
@@ -56,5 +85,5 @@ def test_shown(tmp_path: Path, emulated: Made) -> None:
 )
 def test_checked(document: object, match: str, tmp_path: Path) -> None:
     with pytest.raises(BoaEdgeError, match=rf"lowering.json: {match}: .*Export the checkpoint again") as caught:
-        measure(with_lowering(tmp_path, document), make_device(), tmp_path / "report")
+        measure(with_file(tmp_path, "lowering.json", document), make_device(), tmp_path / "report")
     assert "\n" not in str(caught.value)
