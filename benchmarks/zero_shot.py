@@ -30,7 +30,7 @@ from torch import Tensor
 from boa_edge.files import write_json, write_text
 from boa_edge.progress import say, track
 from boa_edge.quiet import quiet_libraries
-from toolchain.calibration.pool import Writer, find_conventions, self_text, write_pool
+from toolchain.calibration.pool import Writer, asked, find_conventions, self_text, write_pool
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_logits
@@ -72,7 +72,7 @@ def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: 
         selected = {"tokens": text.sequences}
         if text.weights is not None:
             selected["weights"] = text.weights
-        count, needed = _asked(size)
+        count, needed = asked(size)
         writer = Writer(source, size.sequence_length, 0, keep=keep, identity={"count": count, "needed": needed})
         pool = write_pool(writer, source.tokenizer, count, needed)  # kept: read back, not written again
         # Every candidate has the same chance, so that conversations and other texts stay half and half.
@@ -92,13 +92,6 @@ def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: 
                 save_file({part: tensor.contiguous() for part, tensor in text.items()}, paths[name])
         texts |= {name: load_file(path) for name, path in paths.items()}
     return texts
-
-
-def _asked(size: CalibrationSize) -> tuple[int, int]:
-    import math
-
-    needed = size.sequences + size.held_out_sequences
-    return math.ceil(size.pool * size.sequences) + size.held_out_sequences, needed
 
 
 @torch.inference_mode()

@@ -138,13 +138,14 @@ class CalibrationSize(_Frozen):
 
     Attributes:
         pool: candidates written per sequence used, of text that the model writes itself (`--calibration self`). Those
-            that match the pool's statistics best are chosen and weighted; 1 takes them as they come.
+            that match the pool's statistics best are chosen and weighted; 1 takes them as they come, which measured
+            better on real text (docs/benchmarks/zero_shot.md).
     """
 
     sequences: int = Field(default=64, ge=1)
     sequence_length: int = Field(default=512, ge=8)
     held_out_sequences: int = Field(default=8, ge=1)
-    pool: float = Field(default=2.0, ge=1, le=16)
+    pool: float = Field(default=1.0, ge=1, le=16)
 
 
 class Recipe(_Frozen):

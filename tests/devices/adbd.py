@@ -51,6 +51,7 @@ class Faults:
     Attributes:
         cut_push: the connection breaks after so many bytes of a file.
         damage_push: a byte of the file is changed, this many times.
+        cut_pull, damage_pull: the same of a file that is fetched.
         cut_output: the connection breaks when a command has printed this.
         quota: bytes of files that the disk takes, None for all.
         authorized: whether the user has accepted this computer's key.
@@ -60,6 +61,8 @@ class Faults:
 
     cut_push: list[int] = field(default_factory=list)
     damage_push: int = 0
+    cut_pull: list[int] = field(default_factory=list)
+    damage_pull: int = 0
     cut_output: list[bytes] = field(default_factory=list)
     quota: int | None = None
     authorized: bool = True
@@ -487,7 +490,15 @@ def _send_file(stream: _Stream, name: str) -> None:
     path = stream.phone.real(name)
     if path is None or not path.is_file():
         return _fail(stream, "open failed: No such file or directory")
-    with path.open("rb") as source:
-        while data := source.read(1 << 16):
-            stream.write(struct.pack("<4sI", b"DATA", len(data)) + data)
+    faults, content = stream.phone.faults, bytearray(path.read_bytes())
+    cut = faults.cut_pull.pop(0) if faults.cut_pull else None
+    if faults.damage_pull and content:
+        faults.damage_pull -= 1
+        content[len(content) // 2] ^= 1
+    for start in range(0, len(content), 1 << 16):
+        data = content[start : start + (1 << 16)][: None if cut is None else max(0, cut - start)]
+        stream.write(struct.pack("<4sI", b"DATA", len(data)) + data)
+        if cut is not None and cut <= start + len(data):
+            stream.connection.close()
+            raise EOFError
     stream.write(struct.pack("<4sI", b"DONE", 0))

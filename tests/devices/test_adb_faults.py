@@ -11,14 +11,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from adb_server import attached_phone
 from adbd import Adbd
 from phone_runs import RIGHT, SLOWLY, Make, assert_clean, assert_right, pushed
-from test_device_events import GENERATE
+from test_device_events import GENERATE, script
+from tiny_decoder import VOCABULARY
 
 from boa_edge.errors import BoaEdgeError
-from devices import RunResult, tools
+from devices import RunResult, ScoreRequest, tools
 from devices.adb import AdbTransport
 from devices.contract import Event
 from devices.transport import ConnectionLostError
@@ -139,6 +141,32 @@ def test_a_line_that_always_damages_is_an_error(make: Make, daemon: Adbd, tiny_b
     daemon.phone.faults.damage_push = 100
     with pytest.raises(BoaEdgeError, match="arrived damaged 3 times"):
         make().run(tiny_bundle, GENERATE)
+    assert_clean(daemon)
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+@pytest.mark.parametrize("fault", ["cut_pull", "damage_pull"])
+def test_results_cut_off_or_damaged_on_their_way_back_are_a_second_run(
+    make: Make, daemon: Adbd, tiny_bundle: Path, fault: str, hashes: bool
+) -> None:
+    request = ScoreRequest((1, 2))
+    logits = np.arange(2 * VOCABULARY, dtype="<f4").reshape(2, VOCABULARY)
+    octal = "".join(f"\\{byte:03o}" for byte in logits.tobytes())
+    device = make(f"{RIGHT}\nprintf '{octal}' > logits.bin", events=script(request))
+    if not hashes:
+        for name in ("sha256sum", "toybox", "busybox"):
+            daemon.phone.program(name, "exit 127")
+    seen: list[str] = []
+
+    def listen(event: Event) -> None:
+        seen.append(event["event"])
+        if seen.count("end") == 1 and seen[-1] == "end":  # what is fetched from here on are results
+            setattr(daemon.phone.faults, fault, [60] if fault == "cut_pull" else 1)
+
+    result = device.run(tiny_bundle, request, listen)
+    assert seen.count("start") == 2
+    assert result.logits is not None
+    np.testing.assert_array_equal(result.logits, logits)
     assert_clean(daemon)
 
 

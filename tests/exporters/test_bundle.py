@@ -45,6 +45,7 @@ def test_contents(make_tiny: MakeTiny, tmp_path: Path) -> None:
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
+        "kernels.json",
         "manifest.json",
         "model.onnx",
         "model.onnx.data",

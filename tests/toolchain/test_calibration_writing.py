@@ -246,7 +246,7 @@ def _small(tiny_model: Path, **size: Any) -> tuple[SourceModel, CalibrationSize]
 
 
 def test_the_same_seed_gives_the_same_text_and_weights(tiny_model: Path) -> None:
-    source, size = _small(tiny_model, sequences=6)
+    source, size = _small(tiny_model, sequences=6, pool=2)
     first, again, other = (load_calibration("self", source, size, seed) for seed in (0, 0, 1))
     assert torch.equal(first.sequences, again.sequences)
     assert first.weights is not None
@@ -269,7 +269,11 @@ def test_without_a_surplus_nothing_is_weighted(tiny_model: Path, monkeypatch: py
     monkeypatch.setattr(pool, "is_loop", lambda *_: False)
     text = load_calibration("self", source, size, 0)
     assert text.weights is None
-    assert text.source["written"] == 6
+    assert text.source["written"] == 7  # one in seven may be unfit
+    assert text.sequences.shape == (4, 24)
+    rows = [tuple(row) for row in (*text.sequences.tolist(), *text.held_out.tolist())]
+    assert len(set(rows)) == 6
+    assert "mismatch" not in text.source
 
 
 def test_a_model_that_only_loops_is_no_endless_loop(
@@ -288,7 +292,7 @@ def test_a_model_that_only_loops_is_no_endless_loop(
 def test_an_interrupted_pool_goes_on_after_its_last_batch(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, size = _small(tiny_model, sequences=6)
+    source, size = _small(tiny_model, sequences=6, pool=2)
     monkeypatch.setattr(pool, "_LARGEST_BATCH", 4)
     expected = load_calibration("self", source, size, 0)
     original, written = pool.write_batch, []

@@ -33,7 +33,8 @@ from toolchain.recipe import CalibrationSize
 _CACHE_BYTES = 2 << 30  # what the keys and values of one batch may take
 _LARGEST_BATCH = 96
 _REWRITES = 3
-_FORMAT = 1  # of the text itself: raise it when the same seed no longer gives the same text
+_SPARE = 1.15  # written per sequence asked for: about one in ten is unfit
+_FORMAT = 2  # of the text itself: raise it when the same seed no longer gives the same text
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Writer:
     Args:
         keep: directory for finished batches; None keeps nothing.
         identity: what, besides model, seed and length, decides which sequences are asked for.
+        sketches: whether statistics are taken on the way, to select by.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class Writer:
         schedules: Sequence[Schedule] = SCHEDULES,
         keep: Path | None = None,
         identity: dict[str, Any] | None = None,
+        sketches: bool = True,
     ) -> None:
+        self._sketches = sketches
         self._source, self._length, self._seed, self._schedules = source, length, seed, schedules
         self.conventions = conventions or find_conventions(source, seed)
         self._fast = steps_fast(source.model)
@@ -95,7 +99,7 @@ class Writer:
         if keep is not None:
             versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
             own = {"model": source.files, "seed": seed, "length": length, "versions": versions, "format": _FORMAT}
-            self._kept = KeptBatches(keep, own | {"batch": self._batch} | (identity or {}))
+            self._kept = KeptBatches(keep, own | {"batch": self._batch, "sketches": sketches} | (identity or {}))
         self._sequences, self._batches = 0, 0
 
     def write(self, count: int) -> Written:
@@ -120,7 +124,7 @@ class Writer:
             Script(self.conventions, self._seed, number, self._length, self._schedules)
             for number in range(first, first + size)
         ]
-        batch = write_batch(self._source, scripts, self._length, ticks, fast=self._fast)
+        batch = write_batch(self._source, scripts, self._length, ticks, fast=self._fast, sketches=self._sketches)
         if self._kept:
             self._kept.save(index, batch)
         return batch
@@ -172,11 +176,20 @@ def _loops(written: Written, tokenizer: Any) -> Tensor:
     return torch.tensor([is_loop(tokenizer.decode(row, skip_special_tokens=True), row) for row in rows])
 
 
+def asked(size: CalibrationSize) -> tuple[int, int]:
+    """How many sequences are written at first, and how many fit ones are needed."""
+    needed = size.sequences + size.held_out_sequences
+    if size.pool == 1:
+        return math.ceil(_SPARE * needed), needed
+    return math.ceil(size.pool * size.sequences) + size.held_out_sequences, needed
+
+
 def self_text(source: SourceModel, size: CalibrationSize, length: int, seed: int, keep: Path | None) -> SelfText:
     """Calibration text of `size` that the model writes itself; the arguments are `load_calibration`'s."""
-    needed = size.sequences + size.held_out_sequences
-    count = math.ceil(size.pool * size.sequences) + size.held_out_sequences
-    writer = Writer(source, length, seed, keep=keep, identity={"count": count, "needed": needed})
+    count, needed = asked(size)
+    selects = size.pool > 1
+    identity = {"count": count, "needed": needed}
+    writer = Writer(source, length, seed, keep=keep, identity=identity, sketches=selects)
     pool = write_pool(writer, source.tokenizer, count, needed)
     tokens = pool.written.tokens
     places = torch.linspace(0, pool.fit.numel() - 1, size.held_out_sequences + 2)[1:-1].round().to(torch.int64)
@@ -185,7 +198,10 @@ def self_text(source: SourceModel, size: CalibrationSize, length: int, seed: int
     held_out, candidates = pool.fit[aside], pool.fit[~aside]
     weights, chosen = None, candidates
     facts = pool.facts | {"candidates": candidates.numel(), "texts": _kinds(writer)}
-    if candidates.numel() > size.sequences:
+    if candidates.numel() > size.sequences and not selects:
+        # Every candidate has the same chance, so that conversations and other texts stay half and half.
+        chosen = candidates[torch.linspace(0, candidates.numel() - 1, size.sequences).round().to(torch.int64)]
+    elif candidates.numel() > size.sequences:
         selection = select(
             similarity({name: values[candidates] for name, values in pool.written.statistics.items()}), size.sequences
         )

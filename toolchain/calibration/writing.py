@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,26 @@ class Written:
 
 @torch.inference_mode()
 def write_batch(
-    source: SourceModel, scripts: Sequence[Script], length: int, ticks: Iterator[object], *, fast: bool
+    source: SourceModel,
+    scripts: Sequence[Script],
+    length: int,
+    ticks: Iterator[object],
+    *,
+    fast: bool,
+    sketches: bool = True,
 ) -> Written:
-    """One sequence of `length` tokens per script; `ticks` is advanced once per position after the first."""
+    """One sequence of `length` tokens per script; `ticks` is advanced once per position after the first.
+
+    Args:
+        sketches: whether statistics are taken on the way, to select by.
+    """
     batch = len(scripts)
     tokens = torch.empty(batch, length, dtype=torch.int64)
     tokens[:, 0] = torch.tensor([script.first() for script in scripts])
     nll = torch.zeros(batch, dtype=torch.float64)
     chosen = torch.zeros(batch, dtype=torch.float64)
     collector = SketchCollector(source.model, source.spec, batch)
-    with stepping(source.model, length, fast=fast) as step, collector.collecting():
+    with stepping(source.model, length, fast=fast) as step, collector.collecting() if sketches else nullcontext():
         for position in range(length - 1):
             next(ticks, None)
             logits = step(tokens[:, position : position + 1])
