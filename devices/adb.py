@@ -29,6 +29,7 @@ from devices.transport import ConnectionLostError
 _DIRECTORY = "/data/local/tmp/boa-edge"
 _SERVER_PORT = 5037
 _LIST_S = 30.0
+_PROGRESS = re.compile(r"^\[\s*\d+%\] ")
 _CONNECT_S = 5.0
 _POLL_S = 0.5
 _GONE = (
@@ -224,8 +225,9 @@ class AdbShell:
         words = re.sub(r"'[^']*'", "", said).lower()
         if is_disk_full(words):
             raise DiskFullError(f"no room for {what}", where=f"device {self.name}")
-        if any(word in words for word in _GONE):
-            raise lost(self, said)
+        # Of a connection that breaks while it fetches a file, the client says nothing but how far it came.
+        if not said or any(word in words for word in _GONE):
+            raise lost(self, said or f"{what} came through in part")
         raise BoaEdgeError(f"adb {arguments[0]} of {what} failed ({said})", where=f"device {self.name}")
 
 
@@ -311,8 +313,9 @@ def _wait(adb: Adb, serial: str, limit_s: float) -> Attached | None:
 
 def _error_line(text: str) -> str:
     """What the client says went wrong; its count of files and bytes may follow."""
-    lines = [line for line in text.splitlines() if "error" in line.lower() or line.startswith("adb: ")]
-    return last_line("\n".join(lines) or text)
+    lines = [line for line in text.splitlines() if not _PROGRESS.match(line)]
+    errors = [line for line in lines if "error" in line.lower() or line.startswith("adb: ")]
+    return last_line("\n".join(errors or lines))
 
 
 def _on_network(serial: str) -> bool:

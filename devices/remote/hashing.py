@@ -60,6 +60,8 @@ def _fetch_and_hash(shell: RemoteShell, path: str) -> str | None:
 def fetch_checked(shell: RemoteShell, hasher: str | None, path: str, target: Path) -> bool:
     """Fetch a file and hold it against its size and hash there; False where there is no such file.
 
+    A device without a hasher is asked for the file twice.
+
     Raises ConnectionLostError where what arrived is not what stands there.
     """
     quoted = shlex.quote(path)
@@ -72,6 +74,7 @@ def fetch_checked(shell: RemoteShell, hasher: str | None, path: str, target: Pat
     shell.fetch(path, target, transfer_limit(int(count)))
     if target.stat().st_size != int(count):
         raise lost(shell, f"{target.stat().st_size} of {count} bytes of {path} arrived")
-    if hasher is not None and hash_files(shell, hasher, [path], int(count)).get(path) != sha256_file(target):
+    there = hash_files(shell, hasher, [path], int(count)).get(path)
+    if there != sha256_file(target):
         raise lost(shell, f"{path} did not arrive as it stands there")
     return True
