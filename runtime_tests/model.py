@@ -354,7 +354,7 @@ class LinearCost(Frozen):
 
 
 class ActivationFacts(Frozen):
-    """Quantized activations, evaluated in PyTorch on calibration text as KL from the original.
+    """Quantized activations, evaluated in PyTorch on held-out text as KL from the original.
 
     Attributes:
         scheme: how they are quantized, a name of `toolchain.activations`; absent where the recipe does not say.

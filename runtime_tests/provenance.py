@@ -93,7 +93,7 @@ class Transforms(_Part):
 
 
 class Activations(_Part):
-    """What int8 activations cost, as KL from the original in nats per token on calibration text.
+    """What int8 activations cost, as KL from the original in nats per token on held-out text.
 
     Attributes:
         weights_kl: of the quantized weights alone; `all_int8_kl` with int8 activations everywhere, `kl` as planned.
