@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from devices.own_runner import own_files
 from devices.process import Outcome
 from devices.profile import Profile
 from devices.transport import ConnectionLostError, Transport, Workplace
+
+Result = TypeVar("Result")
 
 _TOKENS = "tokens.bin"
 _LOGITS = "logits.bin"
@@ -68,8 +70,9 @@ class RunnerDevice:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the device says of itself, JSON-ready."""
-        return {"name": self.name, "transport": self._profile.transport, **self._transport.fingerprint()}
+        """What the device says of itself, JSON-ready. BoaEdgeError where it cannot be reached."""
+        found = self._persist(self._transport.fingerprint)
+        return {"name": self.name, "transport": self._profile.transport, **found}
 
     def run(
         self,
@@ -92,10 +95,14 @@ class RunnerDevice:
         check_request(program, request)
         self.require_usable(program.runtime)
         executable, files = self.runner_files(program.runtime)
+        return self._persist(lambda: self._run_once(program, executable, files, request, on_event))
+
+    def _persist(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives, begun again where the connection was lost; the last loss is raised."""
         attempt = 1
         while True:
             try:
-                return self._run_once(program, executable, files, request, on_event)
+                return work()
             except ConnectionLostError as lost:
                 if attempt == _ATTEMPTS:
                     raise

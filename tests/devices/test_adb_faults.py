@@ -57,6 +57,15 @@ def test_a_cable_pulled_in_mid_run_is_a_second_run(make: Make, daemon: Adbd, tin
     assert_clean(daemon)
 
 
+def test_a_cable_pulled_while_the_device_is_asked_who_it_is(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    """The report asks when everything has been measured: none of that may be lost for it."""
+    device = make()
+    assert_right(device.run(tiny_bundle, GENERATE))
+    daemon.phone.faults.cut_output = [b"Directory Phone"] * 2
+    assert device.fingerprint()["model"] == "Directory Phone"
+    assert daemon.phone.faults.cut_output == []
+
+
 def test_a_connection_that_always_breaks_gives_no_result(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
     daemon.phone.faults.cut_output = [b'"event": "end"'] * 3
     with pytest.raises(ConnectionLostError, match="connection was lost"):
