@@ -149,11 +149,15 @@ class PrivateApt:
 def backports_line(targets: Sequence[str], codename: str) -> str | None:
     """A source of `codename`'s backports, at the place that its `main` comes from; None where that is unknown.
 
+    Empty where they are a source already: to name one twice, otherwise signed, is an error of apt's.
+
     Args:
         targets: lines `URI RELEASE COMPONENT KEYRING` of `apt-get indextargets`; what apt does not know of a source
             it leaves as it was asked for, `$(NAME)`.
         codename: of the release, as /etc/os-release has it.
     """
+    if any(target.split()[1:3] == [f"{codename}-backports", "main"] for target in targets):
+        return ""
     for target in targets:
         place, release, component, *keyring = target.split()
         if (release, component) == (codename, "main"):

@@ -209,6 +209,7 @@ def test_an_unpacked_tool_works_from_any_place_and_can_be_moved(
             ["http://m/d/ rel contrib /k.gpg", "http://m/d/ rel main /k.gpg"],
             "deb [signed-by=/k.gpg] http://m/d/ rel-backports main",
         ),
+        (["http://m/d rel main /k.gpg", "http://m/d rel-backports main /other.gpg"], ""),
         (["http://m/d rel-security main /k.gpg"], None),
         ([], None),
     ],
