@@ -114,8 +114,12 @@ COMPARABLES: tuple[Comparable, ...] = (
     Comparable(
         "decode_tok_s", "Decode speed", "more", "speed", "tokens/s", lambda r: r.speed.decode_speed, 1, _decode_rates
     ),
-    Comparable("token_p50_ms", "Token, p50", "less", "speed", "ms", lambda r: r.speed.token_time_p50, 1, _token_ms),
-    Comparable("token_p95_ms", "Token, p95", "less", "speed", "ms", lambda r: r.speed.token_time_p95, 1, _token_ms, 95),
+    Comparable(
+        "token_p50_ms", "Token time, p50", "less", "speed", "ms", lambda r: r.speed.token_time_p50, 1, _token_ms
+    ),
+    Comparable(
+        "token_p95_ms", "Token time, p95", "less", "speed", "ms", lambda r: r.speed.token_time_p95, 1, _token_ms, 95
+    ),
     Comparable(
         "instructions",
         "Instructions per token",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,27 +19,40 @@ _STYLES = {"better": "green", "worse": "red"}
 def print_comparison(found: Comparison, console: Console | None = None) -> None:
     """Print both reports' figures, the changes with their noise, and what failed, to stderr (or to `console`)."""
     console = console or Console(stderr=True)
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.title = Text(f"before  {_describe(found.before)}\nafter   {_describe(found.after)}")
-    for title in ("figure", "before", "after", "change", "with noise"):
-        table.add_column(title, justify="left" if title == "figure" else "right")
+    table.add_column("figure")
+    for title in ("before", "after", "change", "with noise"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict")
     for row in found.rows:
+        if row.before is None and row.after is None:
+            continue
         unit = f", {row.figure.unit}" if row.figure.unit else ""
-        verdict = row.verdict if row.obstacle is None else f"{row.verdict}: {row.obstacle}"
         table.add_row(
             f"{row.figure.label}{unit}",
             "–" if row.before is None else number(row.before),
             "–" if row.after is None else number(row.after),
             "" if row.change is None else _percent(row.change),
             _noise(row),
-            Text(visible(verdict), style=_STYLES.get(row.verdict, "")),
+            Text(row.verdict, style=_STYLES.get(row.verdict, "")),
         )
     console.print(table)
+    for obstacle, labels in _obstacles(found.rows).items():
+        console.print(Text(visible(f"not comparable: {'; '.join(labels)} ({obstacle})")))
     for condition in found.excused:
         console.print(Text(f"within noise: {condition.text}"))
     for condition in found.failed:
         console.print(Text(f"regression: {condition.text}", style="red"))
+
+
+def _obstacles(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Why figures are not comparable -> their labels."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.obstacle is not None:
+            found.setdefault(row.obstacle, []).append(row.figure.label)
+    return found
 
 
 def _describe(report: Report) -> str:
@@ -49,7 +64,7 @@ def _describe(report: Report) -> str:
 def _noise(row: Row) -> str:
     if row.interval is None:
         return ""
-    return f"{_percent(row.interval.low)} to {_percent(row.interval.high)}"
+    return f"{100 * row.interval.low:+.1f} to {_percent(row.interval.high)}"
 
 
 def _percent(share: float) -> str:

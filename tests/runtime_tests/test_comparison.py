@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from report_fakes import make, make_device
+from rich.console import Console
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from devices.contract import Event
-from runtime_tests.comparison import compare
+from runtime_tests.comparison import Comparison, compare, print_comparison
 from runtime_tests.comparison.conditions import parse
 from runtime_tests.comparison.noise import (
     Interval,
@@ -143,6 +145,24 @@ def test_other_cores_or_another_text_are_other_questions(before: Path, tmp_path:
     found = rows(before, changed(before, tmp_path / "reread", reread))["figures"]
     assert found["kl"]["reason"] == "other reference texts"
     assert found["decode_tok_s"]["verdict"] == "same"
+
+
+def printed(found: Comparison) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    print_comparison(found, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_fits_a_terminal_and_says_each_obstacle_once(before: Path, tmp_path: Path) -> None:
+    emulated = make(tmp_path).directory
+    for other in (before, emulated):
+        text = printed(compare(before, other, fail_on="size_mb>+0%"))
+        assert max(map(len, text.splitlines())) <= 80
+        assert "…" not in text
+        assert "Energy per token" not in text  # neither has it
+    assert text.count("measured against emulated") == 1
+    assert "Decode speed" in text.partition("not comparable: ")[2]
 
 
 @pytest.mark.parametrize(
