@@ -267,7 +267,10 @@ def run(
         Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
     ] = None,
     model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
-    recipe: RecipeOption = "w4g32a8-edge-smooth",
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="As for `quantize`. Default: activations as the runtime has them."),
+    ] = None,
     runtime: Annotated[str, typer.Option("--runtime", help="As for `export`, or all: one report on both.")] = "onnx",
     device: DeviceOption = "arm64",
     calibration: CalibrationOption = None,
@@ -278,9 +281,10 @@ def run(
     prefill: PrefillOption = None,
 ) -> None:
     """All stages: OUTPUT/checkpoint, OUTPUT/bundle, OUTPUT/report. Finished stages of the same request are kept."""
-    from boa_edge.pipeline import run_all
+    from boa_edge.pipeline import default_recipe, run_all
 
     quiet_transformers()
+    recipe = recipe or default_recipe(runtime)
     _finish(
         run_all(
             output or Path("out") / f"{Path(model).name.removesuffix('.gguf')}-{Path(recipe).stem}",

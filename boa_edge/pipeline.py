@@ -19,7 +19,7 @@ from exporters.base import Activations, Request
 from runtime_tests import Wishes, measure_together, print_summary
 from toolchain.loading import describe_source
 from toolchain.quantize import quantize
-from toolchain.recipe import Recipe, load_recipe
+from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 ALL = "all"
 """In place of a runtime: a bundle for each, from one checkpoint, in one report."""
@@ -89,6 +89,12 @@ def run_all(
     say(f"report: {report / 'report.html'}")
     made = {"bundle": str(bundles[0])} if len(bundles) == 1 else {"bundles": [str(bundle) for bundle in bundles]}
     return {"output": str(output), "checkpoint": str(checkpoint), **made, **results[0].summary()}
+
+
+def default_recipe(runtime: str) -> str:
+    """Of a run that names none: the runtime's own; one checkpoint for all of them gets the general one."""
+    exporter = EXPORTERS.get(runtime)
+    return DEFAULT_RECIPE if exporter is None else exporter.recipe
 
 
 def _runtimes(runtime: str, form: str | None) -> dict[str, tuple[str, str | None]]:

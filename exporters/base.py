@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from exporters.bundle import Bundle
 from toolchain.checkpoint import Checkpoint
 from toolchain.families import DecoderSpec
-from toolchain.recipe import Recipe
+from toolchain.recipe import DEFAULT_RECIPE, Recipe
 
 Activations = Literal["int8", "float32"]
 
@@ -111,6 +111,7 @@ class Exporter:
         forms: what a request may name, the default first.
         open: a checked bundle -> its program on the host; raises BoaEdgeError where the runtime refuses it.
         lengths: whether a request may set the context's and the prefill's length.
+        recipe: which a run takes that names none: activations as the runtime quantizes them.
     """
 
     foresee: Callable[[Recipe, DecoderSpec | None, Request], None]
@@ -119,3 +120,4 @@ class Exporter:
     forms: tuple[str, ...]
     open: Callable[[Bundle], Decoder]
     lengths: bool = False
+    recipe: str = DEFAULT_RECIPE

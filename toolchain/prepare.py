@@ -42,6 +42,7 @@ from toolchain.transforms.smooth_search import search_smoothing, solved_costs
 
 _SEQUENCES = 8  # of calibration text that is looked at
 _HEAD_SEQUENCES = 4  # the same, for the head, whose inputs are seen at the end of the model alone
+_HEAD_ROWS = 8192  # of the head's rows that are looked at
 _SAMPLES, _ROWS = 256, 384  # tokens and rows of the weight on which a smoothing strength is tried
 _CHECKED_TOKENS = 32
 _LARGEST_DRIFT = 1e-3  # of log-probabilities, in float32
@@ -227,10 +228,13 @@ def _head_smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[
     spec, plan = source.spec, _plan(source, recipe)
     if plan is None or recipe.embedding is None or spec.head not in plan.group_sizes:
         return [], [f"{SMOOTH_HEAD}: left out, the head's inputs stay in floating point"]
+    if getattr(source.model.get_submodule(spec.final_norm), "weight", None) is None:
+        return [], [f"{SMOOTH_HEAD}: left out, the last norm has no weight that could take up a scale"]
     own = recipe.embedding
     fmt = GridFormat(own.bits, own.group_size, True, recipe.round_scales)
     x = head_samples(source, rows[:_HEAD_SEQUENCES])
     weight = source.parameter(f"{spec.head}.weight").data
+    weight = weight[:: max(1, len(weight) // _HEAD_ROWS)]
     steps = STEPS[plan.format.scheme]
     scale = _search(weight, x, fmt, plan.format, None, steps, recipe.options is not None)
     return [SmoothHead(scale)], []

@@ -103,4 +103,12 @@ def open_bundle(bundle: Bundle) -> Decoder:
     return ExecutorchDecoder.open(bundle)
 
 
-EXPORTER = Exporter(foresee=foresee, check=check, lower=lower, forms=("llm",), open=open_bundle, lengths=True)
+EXPORTER = Exporter(
+    foresee=foresee,
+    check=check,
+    lower=lower,
+    forms=("llm",),
+    open=open_bundle,
+    lengths=True,
+    recipe="w4g32a8t-edge-smooth-smoothhead",
+)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from boa_edge.errors import UsageError
-from boa_edge.pipeline import run_all
+from boa_edge.pipeline import default_recipe, run_all
 from exporters import EXPORTERS, Request
 from tests.conftest import make_model, tiny_config
 from tests.toolchain.families import CONFIGS
@@ -56,12 +56,17 @@ def test_recipes_that_no_program_holds(runtime: str, fields: dict[str, Any], say
 
 @pytest.mark.parametrize("runtime", sorted(EXPORTERS))
 def test_the_default_recipe_suits_every_runtime(runtime: str) -> None:
+    """And the one that a runtime has for itself has its activations."""
     exporter = EXPORTERS[runtime]
+    own = load_recipe(default_recipe(runtime))
+    assert own.activations is not None
+    assert own.activations.scheme == {"onnx": "per_block", "executorch": "per_token"}[runtime]
     for form in exporter.forms:
         if form in WITHOUT_GROUPS:
             continue
-        for name in (DEFAULT_RECIPE, "w4g32a8t-edge", *(("w4g32a8kv8-edge",) if runtime == "onnx" else ())):
+        for name in (DEFAULT_RECIPE, own.name) + (("w4g32a8kv8-edge",) if runtime == "onnx" else ()):
             exporter.foresee(load_recipe(name), None, Request("int8", form))
+    assert default_recipe("all") == DEFAULT_RECIPE
 
 
 @pytest.mark.parametrize("form", WITHOUT_GROUPS)
