@@ -11,6 +11,7 @@ from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from boa_edge import __version__
+from devices.contract import Execution
 from runtime_tests.comparison.figures import COMPARABLES, Comparable
 from runtime_tests.labels import number, visible
 from runtime_tests.model import Report
@@ -31,7 +32,12 @@ def render_history(series: Series) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    charts = [(entry, chart) for entry in COMPARABLES if (chart := _chart(entry, series)) is not None]
+    charts = [
+        (entry, execution, chart)
+        for entry in COMPARABLES
+        for execution in _apart(entry, series)
+        if (chart := _chart(entry, series, execution)) is not None
+    ]
     kinds = [
         {
             "name": " · ".join(kind),
@@ -51,10 +57,24 @@ def render_history(series: Series) -> str:
     )
 
 
-def _chart(entry: Comparable, series: Series) -> Markup | None:
-    """The figure against the number of the report in its kind; None where nobody has it."""
+def _apart(entry: Comparable, series: Series) -> list[Execution | None]:
+    """What gets a chart of its own: emulated times and memory say nothing beside measured ones."""
+    if entry.kind in ("artefact", "accuracy"):
+        return [None]
+    found = {report.device.execution for reports in series.values() for report in reports}
+    return sorted(found, reverse=True)
+
+
+def _chart(entry: Comparable, series: Series, execution: Execution | None) -> Markup | None:
+    """The figure against the number of the report in its kind; None where nobody has it.
+
+    Args:
+        execution: of the devices whose reports are drawn; None for all.
+    """
     lines = []
     for index, reports in enumerate(series.values()):
+        if execution not in (None, reports[0].device.execution):
+            continue
         values = [(place, entry.value(report)) for place, report in enumerate(reports, start=1)]
         known = [(place, value) for place, value in values if value is not None]
         if known:
@@ -82,8 +102,9 @@ def _chart(entry: Comparable, series: Series) -> Markup | None:
         axes.set_xlabel("report, in order of time")
         axes.set_ylabel(entry.unit or entry.label.lower())
 
-    text = f"{entry.label} of {sum(len(known) for _, known in lines)} reports, at most {number(top)} {entry.unit}"
-    return draw(f"history-{entry.name}", 200, f"{text.strip()}.", paint)
+    how = "" if execution is None else f", {execution},"
+    text = f"{entry.label}{how} of {sum(len(known) for _, known in lines)} reports, at most {number(top)} {entry.unit}"
+    return draw(f"history-{entry.name}-{execution or 'all'}", 200, f"{text.strip()}.", paint)
 
 
 def _cell(entry: Comparable, report: Report) -> str:

@@ -40,7 +40,9 @@ def test_reports_of_one_kind_are_a_line_in_order_of_time(directory: Path, tmp_pa
     page = (tmp_path / "history.html").read_text()
     assert "<script>" not in page
     assert page.count("2025-01-01 00:00") == 1
-    assert page.count('aria-label="Decode speed of 5 reports') == 1
+    assert page.count('aria-label="KL from the original of 5 reports') == 1
+    for execution, count in (("measured", 3), ("emulated", 2)):
+        assert page.count(f'aria-label="Decode speed, {execution}, of {count} reports') == 1
 
 
 def test_other_settings_are_another_line(measured: Made) -> None:
