@@ -57,7 +57,7 @@ def render_history(series: Series) -> str:
     )
 
 
-def _apart(entry: Comparable, series: Series) -> list[Execution | None]:
+def _apart(entry: Comparable, series: Series) -> Sequence[Execution | None]:
     """What gets a chart of its own: emulated times and memory say nothing beside measured ones."""
     if entry.kind in ("artefact", "accuracy"):
         return [None]
