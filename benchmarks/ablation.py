@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy import OURS_PREFIX, Benchmark, own_contenders, parse
+from benchmarks.charts import pyplot, save
 from benchmarks.ours import STEPS
 from benchmarks.report import OURS_COLOURS, Outcome, Protocol
 from boa_edge.errors import BoaEdgeError
@@ -73,11 +74,7 @@ def _by_step(setting: str, outcomes: list[Outcome]) -> dict[str, list[dict[str, 
 
 def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
     """Three panels per setting, a bar per step: KL on a log axis, CPU seconds, peak memory."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     tables = {setting: _by_step(setting, outcomes) for setting in settings}
     tables = {setting: steps for setting, steps in tables.items() if steps}
     if not tables:
@@ -104,9 +101,7 @@ def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
             axis.margins(x=0.22)
             axis.set_title(f"{setting}: {title}" if axis is line[0] else title, loc="left", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
-    for suffix in ("svg", "png"):
-        figure.savefig(output / f"ablation.{suffix}", dpi=150)
-    plt.close(figure)
+    save(figure, output, "ablation")
 
 
 if __name__ == "__main__":

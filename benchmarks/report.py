@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.charts import pyplot, save
 from boa_edge.files import write_json, write_text
 
 OURS_COLOURS = ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1")
@@ -192,10 +193,7 @@ def _processor() -> str:
 
 def draw(output: Path, outcomes: list[Outcome]) -> None:
     """KL by setting and method on a log axis: a panel per setting, the best on top, a dot per seed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     settings = list(dict.fromkeys(outcome.setting for outcome in outcomes if outcome.row))
@@ -250,6 +248,4 @@ def draw(output: Path, outcomes: list[Outcome]) -> None:
         plt.Line2D([], [], marker="D", lw=0, color=PEER_COLOURS[1], label="other tools (small marks: each seed)"),
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-    for suffix in ("svg", "png"):
-        figure.savefig(output / f"accuracy.{suffix}", dpi=150)
-    plt.close(figure)
+    save(figure, output, "accuracy")

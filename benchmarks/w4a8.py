@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import calibration_rows, own_source, own_version, tensor_hash
+from benchmarks.charts import pyplot, save
 from benchmarks.report import OURS_COLOURS, PEER_COLOURS
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json, write_text
@@ -216,11 +217,7 @@ def write(given: argparse.Namespace, rows: list[dict[str, Any]], source: SourceM
 
 def draw(output: Path, rows: list[dict[str, Any]]) -> None:
     """A panel per model: a bar per runtime and recipe on a log axis, the weights alone as a line."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(models), figsize=(5.2 * len(models), 4.4), squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], models, strict=True):
@@ -239,9 +236,7 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
         axis.set_title(f"the model {name} (dashed: weights alone, {own[0]['kl']:.3g})", loc="left", fontsize=10)
         axis.set_xlabel("KL from the original, nats per token (log)", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    for suffix in ("svg", "png"):
-        figure.savefig(output / f"w4a8.{suffix}", dpi=150)
-    plt.close(figure)
+    save(figure, output, "w4a8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import platform
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.charts import pyplot, save
 from benchmarks.report import OURS_COLOURS, PEER_COLOURS
 from benchmarks.runtimes.figures import Spread
 from benchmarks.runtimes.rows import Protocol, Report, Row
@@ -102,11 +103,7 @@ def _protocol(protocol: Protocol) -> str:
 
 def draw(output: Path, rows: list[Row]) -> None:
     """KL on a log axis against decode speed, areas by size, and the line that nobody betters on both."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     shown = [row for row in rows if row.kl_first is not None and row.kl_first > _SAME]
     if not shown:
         return
@@ -129,9 +126,7 @@ def draw(output: Path, rows: list[Row]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("Area: size of the file. Blue: boa-edge", loc="left", fontsize=10)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    for suffix in ("svg", "png"):
-        figure.savefig(output / f"runtimes.{suffix}", dpi=150)
-    plt.close(figure)
+    save(figure, output, "runtimes")
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
