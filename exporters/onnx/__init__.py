@@ -84,6 +84,11 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
     plan = checkpoint.activations
     if plan is not None and plan.format.scheme in _ROWS and activations == "int8" and form != "fused-int8":
         notes.append(_ROWS[plan.format.scheme])
+    if plan is not None and plan.format.needs_range and activations == "int8":
+        notes.append(
+            f"activations are {plan.format.scheme}, for NPUs: ONNX Runtime's CPU has no kernel for them and multiplies "
+            "in float32 what it has rounded"
+        )
     for grid, bits, group_size in _schemes(checkpoint):
         what = in_words(grid)
         chosen = carrier(bits, group_size, activations)
@@ -119,13 +124,17 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     name = cast(Form, request.form)
     chosen = FORMS[name]
     ends, begin = token_ids(checkpoint)
+    # What the graph rounds by itself the session shall not round once more.
+    static = plan is not None and plan.format.needs_range and activations == "int8"
     runtime = RuntimeConfig(
         schema_version=SCHEMA_VERSION,
         runtime="onnx",
         model=MODEL,
         form=name,
         activations=activations,
-        session_config=as_planned(chosen.session_config(activations), None if plan is None else plan.format.scheme),
+        session_config=as_planned(
+            chosen.session_config("float32" if static else activations), None if plan is None else plan.format.scheme
+        ),
         context_length=spec.max_positions,
         eos_token_ids=ends,
         bos_token_id=begin,
@@ -141,7 +150,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
         decoder = chosen.decoder(graph, checkpoint, activations)
         decoder.build()
     graph.save(directory / MODEL, importlib.metadata.version("boa-edge"))
-    ran = verify(directory / MODEL, runtime, weights.size)
+    ran = verify(directory / MODEL, runtime, weights.size, rounds=static)
     if ran is not None:
         write_json(directory / KERNELS, ran.document())
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))

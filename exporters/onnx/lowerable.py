@@ -63,12 +63,13 @@ def refusals(asked: Asked) -> Iterator[Refusal]:
             f"ONNX Runtime's attention keeps no scale for each token, as an int8 cache of scheme {asked.cache} needs",
             "Choose kv_cache of scheme per_head, or none: then keys and values are kept in float32",
         )
-    if asked.scheme is not None and asked.scheme.startswith("static") and asked.activations == "int8":
+    static = asked.scheme is not None and asked.scheme.startswith("static") and asked.activations == "int8"
+    if static and asked.form != "qdq":
         yield Refusal(
             "activations",
-            f"the activations are {asked.scheme}, for which ONNX Runtime's CPU has no kernel with int4 weights: "
-            "it would dequantize both at each call",
-            "Choose activations of scheme per_block, or export with --activations float32",
+            f"the activations are {asked.scheme}, for which ONNX Runtime's own operators have no kernel",
+            "Export with --form qdq (for NPUs), choose activations of scheme per_block, or export with --activations "
+            "float32",
         )
     if asked.form == "fused-int8":
         yield from _of_integers(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -16,11 +17,19 @@ from exporters.onnx.kernels import carrier
 from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
 from exporters.onnx.nbits import nbits_linear, store_nbits
 from exporters.onnx.rope import Rotation, rotations, turn_of
+from exporters.onnx.static import StaticActivations
 
 
 @dataclass
 class QdqDecoder(DecoderBuilder):
     """Writes a decoder that any runtime of standard ONNX can read."""
+
+    @cached_property
+    def static(self) -> StaticActivations | None:
+        """Of a plan with ranges from calibration; None for one that quantizes as the model runs, or for none."""
+        plan = self.checkpoint.activations
+        static = plan is not None and plan.format.needs_range and self.activations == "int8"
+        return StaticActivations(self.g, plan) if static and plan is not None else None
 
     def build(self) -> None:
         g, spec = self.g, self.checkpoint.spec
@@ -80,6 +89,9 @@ class QdqDecoder(DecoderBuilder):
         if self.checkpoint.is_quantized(module):
             weight = self.checkpoint.quantized(module)
             activations = self.precision(module)
+            if self.static is not None:
+                # What is spared gets no QuantizeLinear, and no kernel of its own: the session quantizes nothing.
+                x, activations = self.static.at(x, module, scope(module)), self.activations
             chosen = self.linears[module] = carrier(weight.bits, weight.group_size, activations)
             if activations != self.activations and chosen.fused:
                 # The precision of a fused DequantizeLinear is the session's, so this one is the fused kernel itself.

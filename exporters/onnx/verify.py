@@ -24,13 +24,16 @@ _TOLERANCE = 1e-3
 _ROUNDED_TOLERANCE = 3e-2
 
 
-def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int) -> Ran | None:
+def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int, *, rounds: bool = False) -> Ran | None:
     """The graph is valid ONNX and runs.
 
     It passes the checker with full shape inference. ONNX Runtime loads it with the bundle's settings and gives finite
     logits. With float32 activations, as far as the form has them, it gives the same logits for a few tokens at once as
     in two steps through the cache (with int8 activations the rounding of the two differs by design). Weights of more
     than 2 GiB are not loaded here.
+
+    Args:
+        rounds: whether the graph itself rounds activations, whatever the session's options.
 
     Returns:
         what ran with the bundle's settings; None where nothing was run.
@@ -59,7 +62,7 @@ def verify(model: Path, runtime: RuntimeConfig, weight_bytes: int) -> Ran | None
     first, cache = decoder.step(tokens[:, :2], decoder.empty_cache(1))
     second, _ = decoder.step(tokens[:, 2:], cache)
     difference = float(np.abs(np.concatenate([first, second], axis=1) - whole).max() / max(np.abs(whole).max(), 1e-6))
-    rounded = cache["past_key_values.0.key"].dtype == np.int8 or runtime.form == "fused-int8"
+    rounded = rounds or cache["past_key_values.0.key"].dtype == np.int8 or runtime.form == "fused-int8"
     if difference > (_ROUNDED_TOLERANCE if rounded else _TOLERANCE):
         raise BoaEdgeError(f"gives other logits through its cache than at once ({difference:.1e})", where=model)
     return ran

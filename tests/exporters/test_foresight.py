@@ -11,6 +11,7 @@ import pytest
 from boa_edge.errors import UsageError
 from boa_edge.pipeline import default_recipe, run_all
 from exporters import EXPORTERS, Request
+from exporters.bundle import Form
 from tests.conftest import make_model, tiny_config
 from tests.toolchain.families import CONFIGS
 from tests.toolchain.test_gguf_families import model_of, write
@@ -40,7 +41,6 @@ REFUSED = {
         ({"weights": {"group_size": 48}}, "groups of 48"),
         ({"embedding": {"bits": 8, "group_size": 48}}, "groups of 48"),
         ({"kv_cache": {"scheme": "per_token"}}, "no scale for each token"),
-        ({"activations": {"scheme": "static_int8"}}, "static"),
     ],
 }
 
@@ -52,6 +52,14 @@ def test_recipes_that_no_program_holds(runtime: str, fields: dict[str, Any], say
     exporter = EXPORTERS[runtime]
     with pytest.raises(UsageError, match=says):
         exporter.foresee(recipe(**fields), None, Request("int8", exporter.forms[0]))
+
+
+@pytest.mark.parametrize("form", [form for form in EXPORTERS["onnx"].forms if form != "qdq"])
+def test_static_activations_go_into_standard_operators_alone(form: Form) -> None:
+    static = recipe(weights={"group_size": None}, activations={"scheme": "static_int8"})
+    with pytest.raises(UsageError, match=r"static_int8.*--form qdq"):
+        EXPORTERS["onnx"].foresee(static, None, Request("int8", form))
+    EXPORTERS["onnx"].foresee(static, None, Request("int8", "qdq"))
 
 
 @pytest.mark.parametrize("runtime", sorted(EXPORTERS))

@@ -10,14 +10,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from boa_edge.errors import BoaEdgeError
+from boa_edge.files import write_json
 from exporters import Bundle, export
 from exporters.onnx.kernels import FUSED_GROUPS
-from exporters.onnx.session import load, session_options
+from exporters.onnx.session import OnnxDecoder, load, session_options
 from exporters.onnx.weights import pack_codes
 from tests.exporters.conftest import Tiny
+from toolchain.activations import ActivationFormat, static
+from toolchain.activations.plan import ActivationPlan
+from toolchain.fake_quantized import FakeQuantized
 from toolchain.quantized import QuantizedWeight
 
 STANDARD = {"", "ai.onnx"}
@@ -178,3 +183,33 @@ def test_packing(bits: int, size: int) -> None:
     assert packed.size == -(-size * bits // 8)
     unsigned = [int(packed[i * bits // 8]) >> (i * bits % 8) & ((1 << bits) - 1) for i in range(size)]
     assert [value - (1 << bits) * (value >> (bits - 1)) for value in unsigned] == codes.tolist()
+
+
+@pytest.mark.parametrize("scheme", ["static_int8", "static_uint8"])
+def test_static_activations_stand_as_pairs_of_standard_operators(
+    scheme: str, make_tiny: Callable[..., Tiny], tmp_path: Path
+) -> None:
+    tiny = make_tiny(bits=4, group_size=32)
+    spec = tiny.checkpoint.spec
+    modules, spared = spec.linear_inputs(), spec.layer_names[0].down
+    ranges = {module: (-1.0 - index // 7, 2.0) for index, module in enumerate(modules)}
+    plan = ActivationPlan(ActivationFormat(scheme), dict.fromkeys(modules, 32), frozenset({spared}), ranges)
+    write_json(tiny.path / "activations.json", plan.to_document())
+    result = export(tiny.path, "onnx", tmp_path / "bundle")
+    assert any(scheme in note and "NPUs" in note for note in result.notes)
+    bundle = Bundle.open(tmp_path / "bundle")
+    model = onnx.load(str(bundle.model))
+    assert {node.domain for node in model.graph.node} <= STANDARD
+    stored = initializers(bundle)
+    pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    # Of each layer the inputs of q, k and v, of o, of gate and up, and of down, but for the one that is spared.
+    assert len(pairs) == 4 * spec.layers - 1
+    for node in pairs:
+        layer = int(node.name.split("layers.")[1].partition("/")[0])
+        expected = static.grid(*ranges[spec.layer_names[layer].q], signed=scheme == "static_int8")
+        assert float(stored[node.input[1]]) == expected.scale
+        assert int(stored[node.input[2]]) == expected.zero_point
+    logits = OnnxDecoder.open(bundle, threads=1).logits(np.arange(24)[None] % spec.vocab_size)
+    with torch.no_grad():
+        fake = FakeQuantized(tiny.model(), spec, {}, plan).logits(torch.arange(24)[None] % spec.vocab_size).numpy()
+    assert np.abs(logits - fake).mean() < 2e-4 * fake.std()
