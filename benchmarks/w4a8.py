@@ -216,15 +216,21 @@ def write(given: argparse.Namespace, rows: list[dict[str, Any]], source: SourceM
 
 
 def draw(output: Path, rows: list[dict[str, Any]]) -> None:
-    """A panel per model: a bar per runtime and recipe on a log axis, the weights alone as a line."""
+    """A panel per model: a bar per runtime and recipe, the weights alone as a line."""
     plt = pyplot()
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(5.2 * len(models), 4.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1,
+        len(models),
+        figsize=(5.2 * len(models), 1.2 + 0.24 * len(rows) / len(models)),
+        squeeze=False,
+        layout="constrained",
+    )
     for axis, name in zip(axes[0], models, strict=True):
         own = [row for row in rows if row["model"] == name]
         bars = own[1:]
         colours = [OURS_COLOURS[1] if row["scheme"] == "per_block" else PEER_COLOURS[1] for row in bars]
-        axis.barh(range(len(bars)), [row["kl"] for row in bars], color=colours, height=0.65, log=True)
+        axis.barh(range(len(bars)), [row["kl"] for row in bars], color=colours, height=0.65)
         axis.axvline(own[0]["kl"], color="#444444", lw=1, ls="--")
         for place, row in enumerate(bars):
             axis.annotate(
@@ -232,9 +238,9 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
             )
         axis.set_yticks(range(len(bars)), [f"{SCHEMES[row['scheme']]}: {row['variant']}" for row in bars], fontsize=8.5)
         axis.invert_yaxis()
-        axis.margins(x=0.2)
+        axis.set_xlim(0, 1.2 * max(row["kl"] for row in own))
         axis.set_title(f"the model {name} (dashed: weights alone, {own[0]['kl']:.3g})", loc="left", fontsize=10)
-        axis.set_xlabel("KL from the original, nats per token (log)", fontsize=9)
+        axis.set_xlabel("KL from the original, nats per token", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, output, "w4a8")
 
