@@ -75,6 +75,8 @@ def _by_step(setting: str, outcomes: list[Outcome]) -> dict[str, list[dict[str, 
 def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
     """Three panels per setting, a bar per step: KL on a log axis, CPU seconds, peak memory."""
     plt = pyplot()
+    from matplotlib.ticker import NullFormatter
+
     tables = {setting: _by_step(setting, outcomes) for setting in settings}
     tables = {setting: steps for setting, steps in tables.items() if steps}
     if not tables:
@@ -99,6 +101,8 @@ def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
             axis.set_yticks(range(len(values)), list(steps) if axis is line[0] else [], fontsize=9)
             axis.invert_yaxis()
             axis.margins(x=0.22)
+            if key == "kl":
+                axis.xaxis.set_minor_formatter(NullFormatter())  # the numbers stand beside the bars
             axis.set_title(f"{setting}: {title}" if axis is line[0] else title, loc="left", fontsize=10)
             axis.spines[["top", "right"]].set_visible(False)
     save(figure, output, "ablation")
