@@ -397,7 +397,6 @@ class _Shell:
 
     def __init__(self, command: str, v2: bool) -> None:
         self._command, self._v2 = command, v2
-        self._seen = b""
 
     def serve(self, stream: _Stream) -> None:
         process = stream.phone.start(self._command)
@@ -420,13 +419,18 @@ class _Shell:
     def _pump(self, stream: _Stream, pipe: object, kind: int) -> None:
         faults = stream.phone.faults
         assert hasattr(pipe, "fileno")
+        seen = b""
         with contextlib.suppress(OSError, EOFError):
             while data := os.read(pipe.fileno(), 1 << 16):
+                start, seen = len(seen), seen + data
+                cut = bool(faults.cut_output) and faults.cut_output[0] in seen
+                if cut:  # there and not at the end of what was read, or a quick command's whole answer gets through
+                    text = faults.cut_output.pop(0)
+                    data = seen[start : seen.index(text) + len(text)]
                 stream.write((struct.pack("<BI", kind, len(data)) if self._v2 else b"") + data)
-                self._seen += data
-                if faults.cut_output and faults.cut_output[0] in self._seen:
-                    faults.cut_output.pop(0)
+                if cut:
                     stream.connection.close()
+                    break
         assert hasattr(pipe, "close")
         pipe.close()
 

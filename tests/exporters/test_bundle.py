@@ -176,7 +176,7 @@ def test_usage_errors(make_tiny: MakeTiny, bundle: Path, tmp_path: Path) -> None
 def test_nothing_is_left_behind(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = make_tiny()
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise BoaEdgeError("the smoke test failed")
 
     monkeypatch.setattr(exporters.onnx, "verify", broken)
