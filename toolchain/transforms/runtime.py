@@ -67,10 +67,9 @@ def online_products(spec: DecoderSpec, transforms: Sequence[Transform]) -> list[
     In the order in which they are computed where several stand at one place: what a later transform has done to a table
     is undone first.
     """
-    found = [product for transform in transforms for product in transform.products(spec)]
-    after = [product for transform in reversed(transforms) for product in transform.products(spec)]
-    outputs = [product for product in after if product.place == "output"]
-    return [*outputs, *(product for product in found if product.place != "output")]
+    found = [transform.products(spec) for transform in transforms]
+    outputs = [product for products in reversed(found) for product in products if product.place == "output"]
+    return [*outputs, *(product for products in found for product in products if product.place != "output")]
 
 
 def turns_of(model: nn.Module, spec: DecoderSpec) -> dict[int, OnlineProduct]:
