@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toolchain.activations import ActivationFormat, simulate
 from toolchain.grids import GridFormat
-from toolchain.transforms.smooth_descent import STEPS, Steps, descend
+from toolchain.transforms.smooth_descent import STEPS, Objective, Steps, descend
 from toolchain.transforms.smooth_search import Smoothing, search_smoothing
 
 SIZE, COLUMNS, BITS, LIMIT = 16, 64, 4, 12
@@ -47,7 +47,7 @@ def pair() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_doubled_or_halved_scale_is_better_in_the_end(pair: tuple[Tensor, Tensor, Tensor], scheme: str) -> None:
     start = torch.ones(COLUMNS, dtype=torch.float64)
-    scales = descend(*pair, start, SIZE, BITS, KNOWN[scheme], LIMIT)
+    scales = descend(Objective(*pair, SIZE, BITS, KNOWN[scheme]), start, LIMIT)
     assert torch.equal(scales, torch.exp2(scales.log2().round()))
     reached = objective(*pair, scales, KNOWN[scheme])
     assert reached < 0.8 * objective(*pair, start, KNOWN[scheme])
@@ -59,7 +59,7 @@ def test_no_doubled_or_halved_scale_is_better_in_the_end(pair: tuple[Tensor, Ten
 
 
 def test_scales_stay_within_their_bounds(pair: tuple[Tensor, Tensor, Tensor]) -> None:
-    scales = descend(*pair, torch.ones(COLUMNS), SIZE, BITS, KNOWN["per_token"], 1)
+    scales = descend(Objective(*pair, SIZE, BITS, KNOWN["per_token"]), torch.ones(COLUMNS), 1)
     assert set(scales.tolist()) <= {0.5, 1.0, 2.0}
 
 

@@ -49,32 +49,38 @@ STEPS: dict[str, Steps | Literal["unknown"] | None] = {
 }
 
 
-def descend(
-    weight: Tensor,
-    costs: Tensor,
-    samples: Tensor,
-    scales: Tensor,
-    size: int,
-    bits: int,
-    steps: Steps | None,
-    limit: int,
-) -> Tensor:
-    """Better scales than `scales`, or the same.
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What the sum above is taken of.
 
-    Args:
+    Attributes:
         weight: [rows, in].
         costs: [in], what a squared error of each column costs.
         samples: [tokens, in], inputs before smoothing.
-        scales: float64 [in].
         size: columns of a group; divides `in`.
         bits: of the weights.
         steps: None for activations in floating point.
+    """
+
+    weight: Tensor
+    costs: Tensor
+    samples: Tensor
+    size: int
+    bits: int
+    steps: Steps | None
+
+
+def descend(objective: Objective, scales: Tensor, limit: int) -> Tensor:
+    """Better scales than `scales`, or the same.
+
+    Args:
+        scales: float64 [in].
         limit: scales stay within 2^-limit and 2^limit.
 
     Returns:
         float64 [in].
     """
-    state = _State(weight, costs, samples, scales, size, bits, steps)
+    state = _State(objective, scales)
     for _ in range(_SWEEPS):
         if not state.sweep(2.0**limit):
             break
@@ -84,46 +90,28 @@ def descend(
 class _State:
     """All by [channel within its group, ..., group], so that one channel of every group is one slice."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        costs: Tensor,
-        samples: Tensor,
-        scales: Tensor,
-        size: int,
-        bits: int,
-        steps: Steps | None,
-    ) -> None:
+    def __init__(self, objective: Objective, scales: Tensor) -> None:
         def arranged(x: Tensor) -> Tensor:  # [..., in] -> [size, ..., groups]
-            return x.to(torch.float32).unflatten(-1, (-1, size)).movedim(-1, 0).contiguous()
+            return x.to(torch.float32).unflatten(-1, (-1, objective.size)).movedim(-1, 0).contiguous()
 
-        self.size, self.steps = size, steps
-        self.weight, self.scales = arranged(weight.abs()), arranged(scales)
-        self.inputs = arranged(samples.abs() if steps is not None and steps.blocks else samples)
-        self.energy = arranged(weight.square().sum(0))  # |W_:j|^2
-        self.costs = arranged(costs) / (12 * (2.0 ** (bits - 1) - 0.5) ** 2)
+        self.size, self.steps = objective.size, objective.steps
+        self.weight, self.scales = arranged(objective.weight.abs()), arranged(scales)
+        blocks = self.steps is not None and self.steps.blocks
+        self.inputs = arranged(objective.samples.abs() if blocks else objective.samples)
+        self.energy = arranged(objective.weight.square().sum(0))  # |W_:j|^2
+        self.costs = arranged(objective.costs) / (12 * (2.0 ** (objective.bits - 1) - 0.5) ** 2)
 
     def sweep(self, bound: float) -> bool:
         """One look at every channel; whether any scale has changed."""
         scales, changed = self.scales, False
-        scaled = self.weight * scales[:, None]
-        inputs = self.inputs / scales[:, None]
-        # Largest values among the channels behind each, as they are, and among those before it, as they have become.
-        behind = _suffix_maxima(scaled)
-        highs, lows = _suffix_maxima(inputs), _suffix_maxima(-inputs)
-        before = torch.zeros_like(scaled[0])
-        high = low = torch.zeros_like(inputs[0])
-        whole_high, whole_low = torch.maximum(highs[0], high), torch.maximum(lows[0], low)  # of each group
+        widest = _Maxima(self.weight * scales[:, None])
+        ranges = None if self.steps is None else _Ranges(self, self.steps)
         for channel in range(self.size):
-            others = torch.maximum(before, behind[channel + 1])
-            other_high = torch.maximum(high, highs[channel + 1])
-            other_low = torch.maximum(low, lows[channel + 1])
             old = scales[channel].clone()
-            weights = _Weights(self, channel, others)
-            activations = _Activations(self, channel, other_high, other_low, whole_high, whole_low)
-            now = weights.error(old) + activations.error(old)
-            options = [old * 2, old / 2]
-            errors = [weights.error(each) + activations.error(each) for each in options]
+            weights = _Weights(self, channel, widest.others(channel))
+            activations = None if ranges is None else _Activations(self, channel, ranges)
+            now, options = _error(weights, activations, old), [old * 2, old / 2]
+            errors = [_error(weights, activations, each) for each in options]
             for error, option in zip(errors, options, strict=True):
                 error[(option > bound) | (option < 1 / bound)] = torch.inf
             up = errors[0] < errors[1]
@@ -132,21 +120,49 @@ class _State:
             if bool(take.any()):
                 new = torch.where(take, torch.where(up, options[0], options[1]), old)
                 # Steps in several groups at once may undo each other where a range is shared by all groups.
-                if activations.shared and not self._falls(weights, activations, old, new):
+                if activations is not None and activations.shared and not self._falls(weights, activations, old, new):
                     alone = torch.zeros_like(take)
                     alone[gain.argmax()] = True
                     new = torch.where(alone, new, old)
                 scales[channel], changed = new, True
-            before = torch.maximum(before, self.weight[channel] * scales[channel])
-            own = self.inputs[channel] / scales[channel]
-            high, low = torch.maximum(high, own), torch.maximum(low, -own)
-            whole_high, whole_low = torch.maximum(other_high, own), torch.maximum(other_low, -own)
+            widest.add(self.weight[channel] * scales[channel])
+            if ranges is not None:
+                ranges.add(self.inputs[channel] / scales[channel])
         return changed
 
     @staticmethod
     def _falls(weights: _Weights, activations: _Activations, old: Tensor, new: Tensor) -> bool:
         before, after = (float(weights.error(each).sum()) + activations.whole(each) for each in (old, new))
         return after < before
+
+
+class _Maxima:
+    """The largest values, or 0, over all channels of a group but one: of those before it as they have become."""
+
+    def __init__(self, values: Tensor) -> None:
+        """values: [size, ..., groups]."""
+        self._before, self._behind = torch.zeros_like(values[0]), _suffix_maxima(values)
+
+    def others(self, channel: int) -> Tensor:
+        """[..., groups]. Those before `channel` have been added."""
+        return torch.maximum(self._before, self._behind[channel + 1])
+
+    def add(self, values: Tensor) -> None:
+        """values: [..., groups], what the next channel has become."""
+        self._before = torch.maximum(self._before, values)
+
+
+class _Ranges:
+    """The two ends of every token's range."""
+
+    def __init__(self, state: _State, steps: Steps) -> None:
+        inputs = state.inputs / state.scales[:, None]
+        self.steps, self.high, self.low = steps, _Maxima(inputs), _Maxima(-inputs)
+
+    def add(self, values: Tensor) -> None:
+        """values: [tokens, groups]."""
+        self.high.add(values)
+        self.low.add(-values)
 
 
 class _Weights:
@@ -166,44 +182,44 @@ class _Weights:
 class _Activations:
     """The same of the activations."""
 
-    def __init__(
-        self, state: _State, channel: int, high: Tensor, low: Tensor, whole_high: Tensor, whole_low: Tensor
-    ) -> None:
-        self._steps, self._own, self._energy = state.steps, state.inputs[channel], state.energy[channel]
-        self.shared = self._steps is not None and not self._steps.blocks
-        self._high, self._low = high, low
+    def __init__(self, state: _State, channel: int, ranges: _Ranges) -> None:
+        self._levels, self.shared = ranges.steps.levels, not ranges.steps.blocks
+        self._own, self._energy = state.inputs[channel], state.energy[channel]
         energies = state.energy * state.scales.square()
-        self._rest = energies.sum(0) - self._energy * state.scales[channel].square()
+        self._group_high, self._group_low = ranges.high.others(channel), ranges.low.others(channel)
+        self._group_rest = energies.sum(0) - energies[channel]
+        # What stays while the channel of one group changes: the rest of its group or, of a shared range, of all groups.
+        self._high, self._low, self._rest = self._group_high, self._group_low, self._group_rest
         if self.shared:
-            self._everything = energies.sum()
-            self._now = self._energy * state.scales[channel].square()
-            self._high = torch.maximum(high, _largest_elsewhere(whole_high))
-            self._low = torch.maximum(low, _largest_elsewhere(whole_low))
-            self._group_high, self._group_low = high, low
+            own = self._own / state.scales[channel]
+            self._high = torch.maximum(self._high, _largest_elsewhere(torch.maximum(self._group_high, own)))
+            self._low = torch.maximum(self._low, _largest_elsewhere(torch.maximum(self._group_low, -own)))
+            self._rest = energies.sum() - energies[channel]
 
     def error(self, scale: Tensor) -> Tensor:
         """[groups] -> [groups]; of shared ranges, of all groups if only this one changed."""
-        if self._steps is None:
-            return torch.zeros_like(scale)
         own = self._own / scale
         width = torch.maximum(self._high, own)
-        energy = self._rest
         if self.shared:
             width = width + torch.maximum(self._low, -own)
-            energy = self._everything - self._now
-        return self._scaled(width.square().mean(0) * (energy + self._energy * scale.square()))
+        return self._scaled(width.square().mean(0) * (self._rest + self._energy * scale.square()))
 
     def whole(self, scale: Tensor) -> float:
         """Of shared ranges, with all groups changed at once."""
         own = self._own / scale
         high = torch.maximum(self._group_high, own).amax(-1)
         low = torch.maximum(self._group_low, -own).amax(-1)
-        energy = (self._rest + self._energy * scale.square()).sum()
+        energy = (self._group_rest + self._energy * scale.square()).sum()
         return float(self._scaled((high + low).square().mean() * energy))
 
     def _scaled(self, error: Tensor) -> Tensor:
-        assert self._steps is not None
-        return error / (12 * self._steps.levels**2)
+        return error / (12 * self._levels**2)
+
+
+def _error(weights: _Weights, activations: _Activations | None, scale: Tensor) -> Tensor:
+    """[groups] -> [groups], of both; None for activations in floating point."""
+    own = weights.error(scale)
+    return own if activations is None else own + activations.error(scale)
 
 
 def _suffix_maxima(x: Tensor) -> Tensor:

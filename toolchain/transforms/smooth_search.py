@@ -23,7 +23,7 @@ from torch import Tensor
 
 from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
 from toolchain.solvers.linear_algebra import remaining_costs
-from toolchain.transforms.smooth_descent import Steps, descend
+from toolchain.transforms.smooth_descent import Objective, Steps, descend
 
 STRENGTHS = tuple(step / 10 for step in range(11))
 _SMALLEST_MAXIMUM = 1e-5  # as in SmoothQuant's code
@@ -125,7 +125,8 @@ def search_smoothing(
     if steps == "unknown" or apart or columns % size or not torch.equal(shared, torch.arange(columns)):
         return best
     costs = hessian.diagonal() if hessian.ndim == 2 else hessian
-    found = descend(weight, 0.5 * costs, samples, best.scales, size, fmt.bits, steps, _LARGEST_EXPONENT)
+    objective = Objective(weight, 0.5 * costs, samples, size, fmt.bits, steps)
+    found = descend(objective, best.scales, _LARGEST_EXPONENT)
     tried = replace(measured(found, best.strength), descended=True)
     return tried if tried.error < best.error else best
 
