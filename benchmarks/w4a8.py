@@ -46,10 +46,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "smooth": ("smooth",),
     "rotate": ("rotate",),
     "rotate+smooth": ("rotate", "smooth"),
-    "smooth+head": ("smooth", "smoothhead"),
-    "rotate+smooth+head": ("rotate", "smooth", "smoothhead"),
+    "smooth+table": ("smooth", "rotatetable"),
+    "rotate+smooth+table": ("rotate", "smooth", "rotatetable"),
 }
-RECOMMENDED, GUARDED = {"per_block": "smooth", "per_token": "smooth+head"}, "guarded"
+RECOMMENDED, GUARDED = {"per_block": "smooth", "per_token": "smooth+table"}, "guarded"
 ROWS = (*VARIANTS, GUARDED)
 _BUDGET = 0.1
 GUARD_SEQUENCES = 8

@@ -24,11 +24,9 @@ from toolchain.outliers import PLACES, Outliers, measure_outliers, observe
 from toolchain.recipe import CacheChoice, Recipe
 from toolchain.rotation_learning import Learning, learn_rotations
 from toolchain.statistics.covariance import Covariance
-from toolchain.tables import head_samples
 from toolchain.transforms import (
     Pair,
     Smooth,
-    SmoothHead,
     Transform,
     apply,
     refusal,
@@ -36,13 +34,11 @@ from toolchain.transforms import (
     turns_of,
     value_sharing,
 )
-from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH, SMOOTH_HEAD
+from toolchain.transforms.named import LEARNED_ROTATION, ROTATIONS, SMOOTH
 from toolchain.transforms.smooth_descent import STEPS, Steps
 from toolchain.transforms.smooth_search import search_smoothing, solved_costs
 
 _SEQUENCES = 8  # of calibration text that is looked at
-_HEAD_SEQUENCES = 4  # the same, for the head, whose inputs are seen at the end of the model alone
-_HEAD_ROWS = 8192  # of the head's rows that are looked at
 _SAMPLES, _ROWS = 256, 384  # tokens and rows of the weight on which a smoothing strength is tried
 _CHECKED_TOKENS = 32
 _LARGEST_DRIFT = 1e-3  # of log-probabilities, in float32
@@ -141,8 +137,6 @@ def _step(
     if name == SMOOTH:
         smooth, found, left = distributed.from_main(lambda: _smoothing(source, recipe, rows))
         return [smooth], [], found, left
-    if name == SMOOTH_HEAD:
-        return *distributed.from_main(lambda: _head_smoothing(source, recipe, rows)), [], []
     if name != LEARNED_ROTATION:
         return ROTATIONS[name](recipe.seed), [], [], []
     plan, how = _plan(source, recipe), Learning(**recipe.learning.model_dump())
@@ -221,23 +215,6 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
     title = "searching for smoothing scales"
     found = observe(source, rows, visit, title, None if cache is None else samples.add)
     return Smooth(scales), found, [*left, found[-1]]
-
-
-def _head_smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[list[Transform], list[str]]:
-    """Scales of what the head takes in; none, and why, where it meets no quantized activations."""
-    spec, plan = source.spec, _plan(source, recipe)
-    if plan is None or recipe.embedding is None or spec.head not in plan.group_sizes:
-        return [], [f"{SMOOTH_HEAD}: left out, the head's inputs stay in floating point"]
-    if getattr(source.model.get_submodule(spec.final_norm), "weight", None) is None:
-        return [], [f"{SMOOTH_HEAD}: left out, the last norm has no weight that could take up a scale"]
-    own = recipe.embedding
-    fmt = GridFormat(own.bits, own.group_size, True, recipe.round_scales)
-    x = head_samples(source, rows[:_HEAD_SEQUENCES])
-    weight = source.parameter(f"{spec.head}.weight").data
-    weight = weight[:: max(1, len(weight) // _HEAD_ROWS)]
-    steps = STEPS[plan.format.scheme]
-    scale = _search(weight, x, fmt, plan.format, None, steps, recipe.options is not None)
-    return [SmoothHead(scale)], []
 
 
 def _search(

@@ -8,7 +8,7 @@ A name reads as what it does:
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
     w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
     w4g32a8-edge-smooth    4-bit weights in groups of 32 and int8 activations, after SmoothQuant
-    w4g32a8t-edge-smooth-smoothhead   the same for activations per token, as ExecuTorch's XNNPACK quantizes them
+    w4g32a8t-edge-smooth-rotatetable   the same for activations per token, as ExecuTorch's XNNPACK quantizes them
     w4g32a8kv8-edge        without SmoothQuant, and keys and values kept in int8
 
 and with `wmix<megabytes>mb` for `w<bits>` each projection gets bits of its own, so that all fits a budget:

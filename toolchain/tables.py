@@ -6,8 +6,7 @@ stream as it is: |e|^2, no direction known to be worse than another. A tied tabl
 
     H = E[x x^T] / m + SHARE * I,    m the mean of E[x x^T]'s diagonal.
 
-Where the running model multiplies what is looked up by a matrix P (`online_products`), x is what the head takes in
-then, m the mean of what it took in before, P^-T x, and e P takes the place of e: P P^T that of I.
+What the running model multiplies the rows by that are looked up (`online_products`) is orthogonal: |e|^2 stays.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from toolchain.solve import Settings, solve_matrix
 from toolchain.solvers import rtn
 from toolchain.statistics.attention import Stop
 from toolchain.statistics.covariance import Covariance
-from toolchain.transforms import online_products, transforms_of
 
 SHARE = 0.3
 """What of the identity a tied table's Hessian holds; of 0.03, 0.3 and 3 the best on SmolLM2-135M (docs/log.md)."""
@@ -54,33 +52,22 @@ def quantize_tables(source: SourceModel, recipe: Recipe, sequences: Tensor | Non
 def head_inputs(source: SourceModel, sequences: Tensor) -> Tensor:
     """2 E[x x^T] [d, d] of what the head takes in, in the original model, over as much of the text as it takes."""
     width, length = source.spec.hidden_size, sequences.shape[1]
+    count = -(-_TOKENS_PER_CHANNEL * width // length)
     covariance = Covariance(width, torch.empty(0, dtype=torch.float32))
-    for x in _entering_head(source, sequences[: -(-_TOKENS_PER_CHANNEL * width // length)]):
-        covariance.add(x)
-    return covariance.hessian()
-
-
-def head_samples(source: SourceModel, sequences: Tensor) -> Tensor:
-    """What the head takes in, float32 [tokens, d]."""
-    return torch.cat([x.flatten(0, 1) for x in _entering_head(source, sequences)])
-
-
-def _entering_head(source: SourceModel, sequences: Tensor) -> Iterator[Tensor]:
-    """float32 [1, length, d], one sequence after the other."""
-    seen: list[Tensor] = []
+    head = source.model.get_submodule(source.spec.head)
 
     def take(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.append(arguments[0].to(torch.float32))
+        covariance.add(arguments[0].to(torch.float32))
         raise Stop  # what the head makes of it is nobody's concern
 
-    hook = source.model.get_submodule(source.spec.head).register_forward_pre_hook(take)
+    hook = head.register_forward_pre_hook(take)
     try:
-        for row in track(list(sequences), "looking at the head's inputs"):
+        for row in track(list(sequences[:count]), "looking at the head's inputs"):
             with torch.inference_mode(), suppress(Stop):
                 source.model(row[None], use_cache=False)
-            yield seen.pop()
     finally:
         hook.remove()
+    return covariance.hessian()
 
 
 @contextmanager
@@ -107,23 +94,12 @@ def _quantize(
         return _round(table, fmt, "minmax")
     if name == spec.embedding and not spec.tied_embeddings:
         return _round(table, fmt, "squared_error")
-    hessian = tied_hessian(source, inputs) if name == spec.embedding else inputs / inputs.diagonal().mean()
+    hessian = inputs / inputs.diagonal().mean()
+    if name == spec.embedding:
+        hessian = hessian + SHARE * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     # The rounding that is learned takes the loss of a whole projection down step by step: too much for so many rows.
     own = options.model_copy(update={"rounding_iterations": 0})
     return solve_matrix(table, hessian, Settings(fmt, "hessian", recipe.damping), own, _ROWS)
-
-
-def tied_hessian(source: SourceModel, inputs: Tensor) -> Tensor:
-    """H of a tied table [d, d], from 2 E[x x^T] of what the head takes in."""
-    spec, one = source.spec, torch.eye(inputs.shape[0], dtype=inputs.dtype, device=inputs.device)
-    enters, scale = one, torch.ones_like(inputs[0])
-    for product in online_products(spec, transforms_of(source.model)):
-        if (product.place, product.module) == ("output", spec.embedding):
-            enters = product(enters)
-            if product.diagonal is not None:
-                scale = scale * product.diagonal.to(scale)
-    before = inputs.diagonal() / scale.square()
-    return inputs / before.mean() + SHARE * enters @ enters.mT
 
 
 def _round(table: Tensor, fmt: GridFormat, search: ScaleSearch) -> QuantizedWeight:

@@ -110,5 +110,5 @@ EXPORTER = Exporter(
     forms=("llm",),
     open=open_bundle,
     lengths=True,
-    recipe="w4g32a8t-edge-smooth-smoothhead",
+    recipe="w4g32a8t-edge-smooth-rotatetable",
 )

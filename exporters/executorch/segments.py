@@ -142,6 +142,7 @@ class Segments:
     def _logits(self, d: Delegate, x: Value) -> Value:
         spec = self.spec
         x = self._norm(d, self._product(d, x, spec.final_norm, "input"), spec.final_norm)
+        x = self._product(d, x, spec.head, "input")
         source = spec.embedding if spec.tied_embeddings else spec.head
         if self.checkpoint.is_quantized(spec.head):
             weight = self.checkpoint.quantized(spec.head)
@@ -260,8 +261,6 @@ def _turned(d: Delegate, x: Value, turn: tuple[Value, Value], half: int) -> Valu
 
 def _times(d: Delegate, x: Value, product: OnlineProduct) -> Value:
     """x M along the last axis, M the Kronecker product of the factors, once for each part of x of their size."""
-    if product.diagonal is not None:
-        return d.multiply(x, d.constant(product.diagonal.numpy().astype(np.float32)))
     sizes = [factor.shape[0] for factor in product.factors]
     if sizes == [x.dims[-1]]:
         return d.linear(x, _matrix(product.factors[0]))

@@ -1,4 +1,4 @@
-"""Products with fixed matrices that a transformed model owes, as plain MatMul and Mul nodes."""
+"""Products with fixed matrices that a transformed model owes, as plain MatMul nodes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ class OnlineProducts:
 
     def _write(self, x: ir.Value, matrices: list[ir.Value], product: OnlineProduct, width: int, path: str) -> ir.Value:
         g, path = self.g, f"{path}/{product.kind}"
-        if product.diagonal is not None:
-            return g.op("Mul", [x, matrices[0]], f"{path}/Mul")
         sizes = [factor.shape[0] for factor in product.factors]
         if sizes == [width]:
             return g.op("MatMul", [x, matrices[0]], f"{path}/MatMul")

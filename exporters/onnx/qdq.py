@@ -49,6 +49,7 @@ class QdqDecoder(DecoderBuilder):
             presents.append(present)
         x = self.online.at(x, spec.final_norm, "input", spec.hidden_size, scope(spec.final_norm))
         x = self.norm(x, spec.final_norm)
+        x = self.online.at(x, spec.head, "input", spec.hidden_size, scope(spec.head))
         logits = self.capped(head(x), scope(spec.head))
         g.output(logits, "logits", FLOAT, ["batch", "sequence", spec.vocab_size])
         self.cache_outputs(presents, ["batch", spec.kv_heads, "total", spec.head_dim])

@@ -126,12 +126,12 @@ def test_another_activation(text_file: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_rotated(text_file: Path, tmp_path: Path) -> None:
     """Every product that a rotated model owes, with sizes that are no power of two."""
-    names = ["rotate", "rotateheads", "rotatekeys", "rotatedown", "smoothhead"]
+    names = ["rotate", "rotateheads", "rotatekeys", "rotatedown", "rotatetable"]
     recipe = parse_recipe({**RECIPE, "transforms": names}, "test")
     model = make_model(tmp_path / "model", tiny_config(num_hidden_layers=1))
     quantize(str(model), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
     checkpoint = Checkpoint(tmp_path / "checkpoint")
-    assert {each.kind for each in checkpoint.transforms} >= {"r1", "r2", "r3", "r4", "smooth_head"}
+    assert {each.kind for each in checkpoint.transforms} >= {"r1", "r2", "r3", "r4", "rotate_table"}
     check_logits(checkpoint.path, export_to(checkpoint.path, tmp_path / "bundle", 40), 40)
 
 

@@ -90,8 +90,8 @@ def test_logits(family: str, text_file: Path, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("family", ["gemma3", "opt", "phi4", "qwen3", "smollm3"])
 def test_rotated(family: str, text_file: Path, tmp_path: Path) -> None:
-    """R1 around the learned positions too, R3 behind head norms, on heads turned in part or not at all."""
-    transforms = ["rotate", "rotatekeys", "rotatedown"]
+    """R1 around the learned positions too, R3 behind head norms, on heads turned in part or not at all, tables."""
+    transforms = ["rotate", "rotatekeys", "rotatedown", "rotatetable"]
     checkpoint = checkpoint_of(family, tmp_path, text_file, transforms=transforms)
     for form in ("qdq", "fused"):
         assert_same_logits(checkpoint, form, tmp_path / form)

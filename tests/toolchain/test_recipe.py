@@ -38,7 +38,7 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         ("w5-boa", "weights.bits: Input should be 2, 3, 4, 8 or 'auto'"),
         ("w4g8-boa", "weights.group_size: Input should be greater than or equal to 16"),
         ("w4g32-boo", "method 'boo' is unknown; accepted: rtn, gptq, boa"),
-        ("w4g32-boa-smoth", "transform 'smoth' is unknown; accepted: smooth, smoothhead, rotate"),
+        ("w4g32-boa-smoth", "transform 'smoth' is unknown; accepted: smooth, rotate"),
         ("q4_k_m", "unknown recipe 'q4_k_m'. A recipe is a YAML file or a name: w<bits>"),
         ("missing.yaml", "no such recipe file"),
     ],

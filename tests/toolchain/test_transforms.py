@@ -33,9 +33,9 @@ from toolchain.transforms import (
     RotateDown,
     RotateQueryKey,
     RotateResidual,
+    RotateTable,
     RotateValues,
     Smooth,
-    SmoothHead,
     Transform,
     apply,
     from_record,
@@ -83,21 +83,15 @@ def smooth(spec: DecoderSpec, *pairs: Pair, powers_of_two: bool = False) -> Smoo
     return Smooth(scales)
 
 
-def smooth_head(spec: DecoderSpec) -> SmoothHead:
-    """Random scales within 1/8 and 8."""
-    generator = torch.Generator().manual_seed(9)
-    return SmoothHead(torch.exp2(6 * torch.rand(spec.hidden_size, generator=generator, dtype=torch.float64) - 3))
-
-
 SINGLE: dict[str, Callable[[DecoderSpec], list[Transform]]] = {
     **{pair: lambda spec, pair=pair: [smooth(spec, pair)] for pair in PAIRS},  # type: ignore[misc]
-    "smooth_head": lambda spec: [smooth_head(spec)],
     "r1_tied": lambda spec: [RotateResidual(seed=5)],
     "r1_untied": lambda spec: [RotateResidual(seed=5, head="untied")],
     "r2": lambda spec: [RotateValues(seed=6)],
     "r3": lambda spec: [RotateQueryKey(seed=8)],
     "r4": lambda spec: [RotateDown()],
     "r4_blocks": lambda spec: [RotateDown(block_size=16)],
+    "rotate_table": lambda spec: [RotateTable(seed=9)],
 }
 EVERYTHING: dict[str, Callable[[DecoderSpec], list[Transform]]] = {
     "smooth_first": lambda spec: [
@@ -106,7 +100,7 @@ EVERYTHING: dict[str, Callable[[DecoderSpec], list[Transform]]] = {
         RotateValues(2),
         RotateQueryKey(3),
         RotateDown(),
-        smooth_head(spec),
+        RotateTable(9),
     ],
     "rotate_first": lambda spec: [
         RotateQueryKey(3),
@@ -116,7 +110,7 @@ EVERYTHING: dict[str, Callable[[DecoderSpec], list[Transform]]] = {
         RotateDown(16),
         smooth(spec, "attention_norm", "v_o", "q_k"),
         RotateValues(4),
-        smooth_head(spec),
+        RotateTable(9),
     ],
 }
 
@@ -163,8 +157,8 @@ def test_one_transform_leaves_the_function(source: Callable[[str], SourceModel],
     assert transforms_of(before.model) == ()
     changed = [key for key, value in after.model.state_dict().items() if not torch.equal(value, originals[key])]
     assert bool(changed) == (name != "r3" and not notes)
-    owing = {"r1_tied", "r3", "r4", "r4_blocks"} | ({"smooth_head"} if before.spec.tied_embeddings else set())
-    assert bool(online_products(after.spec, transforms)) == (name in owing and not notes)
+    owing = name in ("r1_tied", "r3", "r4", "r4_blocks", "rotate_table")
+    assert bool(online_products(after.spec, transforms)) == (owing and not notes)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -407,10 +401,8 @@ def test_what_does_not_go_together_is_refused(source: Callable[[str], SourceMode
         "smooth up_down comes after r4": [RotateDown(), smooth(spec, "up_down")],
         "r1 comes twice": [RotateResidual(1), RotateResidual(2)],
         "r4 comes twice": [RotateDown(), RotateDown()],
-        "smooth_head comes twice": [smooth_head(spec), smooth_head(spec)],
-        "r1 comes after smooth_head": [smooth_head(spec), RotateResidual(1)],
-        "smooth_head: scale: has the shape": [SmoothHead(ones[0])],
-        "smooth_head: scale: scales must be positive": [SmoothHead(torch.zeros(spec.hidden_size))],
+        "rotate_table comes twice": [RotateTable(), RotateTable(1)],
+        "r1 comes after rotate_table": [RotateTable(), RotateResidual(1)],
         "smooth: 0.q_k: RoPE turns channels a and a": [Smooth({(0, "q_k"): unpaired})],
         "smooth: 1.v_o: scales must be positive": [Smooth({(1, "v_o"): ones * 0})],
         "smooth: 1.v_o: scales of shape": [Smooth({(1, "v_o"): ones[0]})],
@@ -442,11 +434,7 @@ def test_a_damaged_record_is_refused_by_name(source: Callable[[str], SourceModel
     cases: list[tuple[str, Any, dict[str, Tensor]]] = [
         (r"t\.json: is no list of transforms", {}, {}),
         (r"t\.json: \[0\]: is 3", [3], {}),
-        (
-            r"t\.json: \[1\]\.kind: is 'r9'\. Expected: smooth, smooth_head, r1, r2",
-            changed(1, kind="r9"),
-            tensors,
-        ),
+        (r"t\.json: \[1\]\.kind: is 'r9'\. Expected: smooth, r1, r2, r3, r4", changed(1, kind="r9"), tensors),
         (r"t\.json: \[1\]\.seed: is 'a'", changed(1, seed="a"), tensors),
         (r"t\.json: \[1\]\.seed: the field is missing", without(1, "seed"), tensors),
         (r"t\.json: \[1\]\.head: is 'loose'", changed(1, head="loose"), tensors),
@@ -457,7 +445,6 @@ def test_a_damaged_record_is_refused_by_name(source: Callable[[str], SourceModel
         (r"t\.json: \[0\]\.scales: the tensor of '1\.v_o' is missing", document, {"0.0.v_o": tensors["0.0.v_o"]}),
         (r"t\.json: \[0\]: smooth: 1\.v_o: scales of shape \[2, 3\]\. Expected: \[2, 32\]", document, short),
         (r"t\.json: holds a tensor that no entry names: 7\.x", document, tensors | {"7.x": torch.ones(1)}),
-        (r"t\.json: \[0\]\.scale: the tensor of 'scale' is missing", [{"kind": "smooth_head"}], {}),
         (r"t\.json: transforms: r4 comes twice", [*document, document[2]], tensors),
     ]
     for message, entries, held in cases:

@@ -76,7 +76,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "all": {"transforms": ["rotate", "rotatekeys", "smooth", "rotatedown"], "activations": {"budget": None}},
     "static": {"transforms": ["smooth"], "activations": {"scheme": "static_uint8", "budget": None}},
     "weights": {"transforms": ["rotate", "smooth"]},
-    "head": {"transforms": ["rotate", "smooth", "smoothhead"], "activations": {}},
+    "table": {"transforms": ["rotate", "smooth", "rotatetable"], "activations": {}},
 }
 
 
@@ -152,7 +152,7 @@ def _codes(checkpoint: Checkpoint) -> Tensor:
     return checkpoint.quantized("model.layers.0.mlp.down_proj").codes
 
 
-@pytest.mark.parametrize("name", ["smooth", "all", "weights", "head", "static"])
+@pytest.mark.parametrize("name", ["smooth", "all", "weights", "table", "static"])
 def test_onnx_runtime_computes_what_was_planned(name: str, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     """Online products and int8 activations included. One block: in deeper models ties of int8 rounding fall apart."""
     source = LlamaForCausalLM.from_pretrained(tiny_model)

@@ -22,6 +22,7 @@ from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.product import OnlineProduct, times
 from toolchain.transforms.record import from_record, to_record
 from toolchain.transforms.rotate import RotateResidual, RotateValues
+from toolchain.transforms.rotate_table import RotateTable
 from toolchain.transforms.runtime import (
     Runtime,
     check_transforms,
@@ -31,7 +32,6 @@ from toolchain.transforms.runtime import (
     turns_of,
 )
 from toolchain.transforms.smooth import PAIRS, Pair, Smooth, refusal, scale_shape, value_sharing
-from toolchain.transforms.smooth_head import SmoothHead
 
 __all__ = [
     "PAIRS",
@@ -42,10 +42,10 @@ __all__ = [
     "RotateDown",
     "RotateQueryKey",
     "RotateResidual",
+    "RotateTable",
     "RotateValues",
     "Runtime",
     "Smooth",
-    "SmoothHead",
     "Transform",
     "apply",
     "from_record",

@@ -1,4 +1,4 @@
-"""The transforms that a recipe can name, in the order in which they are legal: rotations first, then smoothing."""
+"""The transforms that a recipe can name, rotations of the residual stream before smoothing, `rotatedown` after it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from toolchain.transforms.base import Transform
 from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.rotate import RotateResidual, RotateValues
+from toolchain.transforms.rotate_table import RotateTable
 
 SMOOTH = "smooth"
-SMOOTH_HEAD = "smoothhead"
 LEARNED_ROTATION = "learnedrotation"
 
 # A new rotation is one line here. Smoothing and learned rotations are not: they are searched for on the model.
@@ -19,5 +19,6 @@ ROTATIONS: dict[str, Callable[[int], list[Transform]]] = {
     "rotateheads": lambda seed: [RotateValues(seed)],
     "rotatekeys": lambda seed: [RotateQueryKey(seed)],
     "rotatedown": lambda seed: [RotateDown()],
+    "rotatetable": lambda seed: [RotateTable(seed)],
 }
-NAMES = (SMOOTH, SMOOTH_HEAD, *ROTATIONS, LEARNED_ROTATION)
+NAMES = (SMOOTH, *ROTATIONS, LEARNED_ROTATION)

@@ -14,15 +14,15 @@ Place = Literal["output", "input", "query_key"]
 
 @dataclass(frozen=True, eq=False)
 class OnlineProduct:
-    """x [..., size] <- x M at a place in the model, with M = I (x) F_1 (x) ... (x) F_k, or with a diagonal M.
+    """x [..., size] <- x M at a place in the model, with M = I (x) F_1 (x) ... (x) F_k.
 
     As plain operations: reshape to [..., size / prod, f_1, ..., f_k], for each axis a MatMul with F_i with that axis
-    last, reshape back. One factor of the whole size is one MatMul. A diagonal matrix is one Mul.
+    last, reshape back. One factor of the whole size is one MatMul.
 
     Attributes:
-        kind: "r1", "r1_inverse", "r3", "r4" or "smooth_head".
+        kind: "r1", "r1_inverse", "r3", "r4", "rotate_table" or "rotate_table_inverse".
         module: full name of the module at whose place it stands.
-        factors: float64 [f_i, f_i], orthogonal; or one, float64 [size], the diagonal.
+        factors: float64 [f_i, f_i], orthogonal.
         layer: None outside the blocks.
     """
 
@@ -42,18 +42,11 @@ class OnlineProduct:
 
     def back(self, x: Tensor) -> Tensor:
         """x M^-1."""
-        return times(x, [factor.mT.to(x) if factor.ndim > 1 else 1 / factor.to(x) for factor in self.factors])
-
-    @property
-    def diagonal(self) -> Tensor | None:
-        """[size] where M is a diagonal matrix."""
-        return self.factors[0] if self.factors[0].ndim == 1 else None
+        return times(x, [factor.mT.to(x) for factor in self.factors])
 
 
 def times(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """x (I (x) F_1 (x) ... (x) F_k) for x [..., n]; the product of the factors' sizes divides n. Or a diagonal [n]."""
-    if factors[0].ndim == 1:
-        return x * factors[0]
+    """x (I (x) F_1 (x) ... (x) F_k) for x [..., n]; the product of the factors' sizes divides n."""
     sizes = [factor.shape[0] for factor in factors]
     count = x.shape[-1]
     for size in sizes:

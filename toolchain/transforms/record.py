@@ -15,19 +15,19 @@ from toolchain.transforms.fields import Fields
 from toolchain.transforms.learned import LearnedResidual, LearnedValues
 from toolchain.transforms.online import RotateDown, RotateQueryKey
 from toolchain.transforms.rotate import RotateResidual, RotateValues
+from toolchain.transforms.rotate_table import RotateTable
 from toolchain.transforms.runtime import check_transforms
 from toolchain.transforms.smooth import Smooth
-from toolchain.transforms.smooth_head import SmoothHead
 
 KINDS: dict[str, type[Transform]] = {
     each.kind: each
     for each in (
         Smooth,
-        SmoothHead,
         RotateResidual,
         RotateValues,
         RotateQueryKey,
         RotateDown,
+        RotateTable,
         LearnedResidual,
         LearnedValues,
     )

@@ -19,8 +19,8 @@ from toolchain.families import DecoderSpec
 from toolchain.statistics.attention import ATTENTION
 from toolchain.transforms.base import Transform
 from toolchain.transforms.product import OnlineProduct
+from toolchain.transforms.rotate_table import RotateTable
 from toolchain.transforms.smooth import Smooth
-from toolchain.transforms.smooth_head import SmoothHead
 
 _TURNED_ATTENTION = "boa_edge_turned"
 _PRODUCT = "boa_edge_query_key_product"
@@ -45,11 +45,11 @@ def check_transforms(spec: DecoderSpec, transforms: Sequence[Transform]) -> None
     for transform in transforms:
         transform.check(spec)
         kind = transform.kind.removesuffix("_learned")
-        if kind in seen and kind in ("r1", "r3", "r4", SmoothHead.kind):
+        if kind in seen and kind in ("r1", "r3", "r4", RotateTable.kind):
             raise UsageError(f"{kind} comes twice", where="transforms", fix="Keep one")
-        if kind == "r1" and SmoothHead.kind in seen:
-            problem = f"r1 comes after {SmoothHead.kind}, whose scales belong to the channels as they are in the end"
-            raise UsageError(problem, where="transforms", fix="Rotate first")
+        if kind == "r1" and RotateTable.kind in seen:
+            problem = f"r1 comes after {RotateTable.kind}, which turns the table as it is in the end"
+            raise UsageError(problem, where="transforms", fix="Put r1 first")
         if isinstance(transform, Smooth) and "r4" in seen and any(pair == "up_down" for _, pair in transform.scales):
             problem = "smooth up_down comes after r4, which mixes the channels between up and down"
             raise UsageError(problem, where="transforms", fix="Smooth first")
