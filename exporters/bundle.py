@@ -19,6 +19,8 @@ from toolchain.loading.papers import CARD_COPY, LICENCES
 MANIFEST = "manifest.json"
 RUNTIME = "runtime.json"
 SIGNATURE = "manifest.sig"
+LOWERING = "lowering.json"  # of ExecuTorch
+KERNELS = "kernels.json"  # of ONNX
 REFERENCE = "reference"
 SCHEMA_VERSION: Literal[1] = 1
 

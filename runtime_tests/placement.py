@@ -8,12 +8,10 @@ from pydantic import ValidationError
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json
-from exporters.bundle import Bundle
+from exporters.bundle import KERNELS, LOWERING, Bundle
 from runtime_tests.model import Count, Frozen, Kernels, Placement
 
-_Any = TypeVar("_Any", bound=Frozen)
-
-LOWERING, KERNELS = "lowering.json", "kernels.json"
+_Content = TypeVar("_Content", bound=Frozen)
 
 
 class _Document(Frozen):
@@ -52,7 +50,7 @@ def read_kernels(bundle: Bundle) -> Kernels | None:
     return Kernels(kernels=found.kernels, float_products=found.float_products)
 
 
-def _read(bundle: Bundle, name: str, kind: type[_Any]) -> _Any:
+def _read(bundle: Bundle, name: str, kind: type[_Content]) -> _Content:
     path = bundle.path / name
     try:
         return kind.model_validate(read_json(path, "what runs where"))

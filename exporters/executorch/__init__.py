@@ -7,13 +7,12 @@ from typing import Any
 
 from boa_edge.files import write_json
 from exporters.base import Decoder, Exporter, Lowered, Request
-from exporters.bundle import RUNTIME, SCHEMA_VERSION, Bundle, RuntimeConfig, token_ids
+from exporters.bundle import LOWERING, RUNTIME, SCHEMA_VERSION, Bundle, RuntimeConfig, token_ids
 from exporters.executorch.foresight import foresee
 from exporters.executorch.lowerable import check, lengths, schemes
 from toolchain.checkpoint import Checkpoint
 
 MODEL = "model.pte"
-LOWERING = "lowering.json"
 
 
 def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:

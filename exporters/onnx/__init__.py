@@ -12,7 +12,7 @@ from safetensors import safe_open
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import write_json
 from exporters.base import Activations, Exporter, Lowered, Request
-from exporters.bundle import RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token_ids
+from exporters.bundle import KERNELS, RUNTIME, SCHEMA_VERSION, Form, RuntimeConfig, token_ids
 from exporters.onnx.foresight import foresee
 from exporters.onnx.forms import FORMS
 from exporters.onnx.graph import GraphBuilder
@@ -25,7 +25,6 @@ from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
 
 MODEL = "model.onnx"
 WEIGHTS = "model.onnx.data"
-KERNELS = "kernels.json"
 
 _OPSET = 23
 _OPSET_INT2 = 25
