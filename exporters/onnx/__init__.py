@@ -19,6 +19,7 @@ from exporters.onnx.graph import GraphBuilder
 from exporters.onnx.kernels import as_planned, carrier
 from exporters.onnx.lowerable import Asked, Grid, Place, in_words, refusals
 from exporters.onnx.session import OnnxDecoder
+from exporters.onnx.static import static_plan
 from exporters.onnx.verify import verify
 from exporters.onnx.weights import WeightFile
 from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, Checkpoint
@@ -83,10 +84,11 @@ def _notes(checkpoint: Checkpoint, activations: Activations, form: Form) -> tupl
     plan = checkpoint.activations
     if plan is not None and plan.format.scheme in _ROWS and activations == "int8" and form != "fused-int8":
         notes.append(_ROWS[plan.format.scheme])
-    if plan is not None and plan.format.needs_range and activations == "int8":
+    static = static_plan(checkpoint, activations)
+    if static is not None:
         notes.append(
-            f"activations are {plan.format.scheme}, for NPUs: ONNX Runtime's CPU has no kernel for them and multiplies "
-            "in float32 what it has rounded"
+            f"activations are {static.format.scheme}, for NPUs: ONNX Runtime's CPU has no kernel for them and "
+            "multiplies in float32 what it has rounded"
         )
     for grid, bits, group_size in _schemes(checkpoint):
         what = in_words(grid)
@@ -124,7 +126,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     chosen = FORMS[name]
     ends, begin = token_ids(checkpoint)
     # What the graph rounds by itself the session shall not round once more.
-    static = plan is not None and plan.format.needs_range and activations == "int8"
+    static = static_plan(checkpoint, activations) is not None
     runtime = RuntimeConfig(
         schema_version=SCHEMA_VERSION,
         runtime="onnx",

@@ -17,7 +17,7 @@ from exporters.onnx.kernels import carrier
 from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
 from exporters.onnx.nbits import nbits_linear, store_nbits
 from exporters.onnx.rope import Rotation, rotations, turn_of
-from exporters.onnx.static import StaticActivations
+from exporters.onnx.static import StaticActivations, static_plan
 
 
 @dataclass
@@ -27,9 +27,8 @@ class QdqDecoder(DecoderBuilder):
     @cached_property
     def static(self) -> StaticActivations | None:
         """Of a plan with ranges from calibration; None for one that quantizes as the model runs, or for none."""
-        plan = self.checkpoint.activations
-        static = plan is not None and plan.format.needs_range and self.activations == "int8"
-        return StaticActivations(self.g, plan) if static and plan is not None else None
+        plan = static_plan(self.checkpoint, self.activations)
+        return None if plan is None else StaticActivations(self.g, plan)
 
     def build(self) -> None:
         g, spec = self.g, self.checkpoint.spec

@@ -10,9 +10,17 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from exporters.base import Activations
 from exporters.onnx.graph import GraphBuilder
 from toolchain.activations import static
 from toolchain.activations.plan import ActivationPlan
+from toolchain.checkpoint import Checkpoint
+
+
+def static_plan(checkpoint: Checkpoint, activations: Activations) -> ActivationPlan | None:
+    """The checkpoint's plan where the graph rounds by ranges from calibration, None elsewhere."""
+    plan = checkpoint.activations
+    return plan if plan is not None and plan.format.needs_range and activations == "int8" else None
 
 
 @dataclass
