@@ -13,8 +13,8 @@ from typing import Any
 import onnxruntime
 
 from boa_edge.errors import BoaEdgeError
+from exporters.onnx.record import BROKEN, node_events, reason
 
-_KERNEL = "_kernel_time"
 _PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
 
 
@@ -50,15 +50,10 @@ def recorded(
         options.profile_file_prefix = str(Path(directory) / "record")
         path = Path(run(model, options).end_profiling())
         try:
-            events = json.loads(path.read_bytes())
-            nodes = {
-                event["name"].removesuffix(_KERNEL): str(event["args"]["op_name"])
-                for event in events
-                if event["cat"] == "Node" and event["name"].endswith(_KERNEL)
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            raise BoaEdgeError(f"ONNX Runtime's record of a run cannot be read ({reason})", where=model) from None
+            nodes = {event.name: event.operator for event in node_events(json.loads(path.read_bytes()))}
+        except BROKEN as error:
+            problem = f"ONNX Runtime's record of a run cannot be read ({reason(error)})"
+            raise BoaEdgeError(problem, where=model) from None
     return Ran(
         dict(sorted(Counter(nodes.values()).items())),
         tuple(sorted(name for name, kind in nodes.items() if kind in _PRODUCTS)),
