@@ -36,7 +36,7 @@ from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_logits
 from toolchain.recipe import CalibrationSize, Recipe, load_recipe
 from toolchain.run import quantize_model
-from toolchain.text import read_text, sequences, tokenize
+from toolchain.text import read_text, sequences, spread, tokenize
 
 _LABELS = {
     "real": "real text",
@@ -53,8 +53,8 @@ def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: 
 
     def real() -> dict[str, dict[str, Tensor]]:
         rows = sequences(tokenize(read_text(calibration), source.tokenizer), size.sequence_length, calibration)
-        spread = torch.linspace(0, rows.shape[0] - 1, 2 * size.sequences).round().to(torch.int64)
-        return {"real": {"tokens": rows[spread[::2]]}, "real-again": {"tokens": rows[spread[1::2]]}}
+        rows = spread(rows, 2 * size.sequences)
+        return {"real": {"tokens": rows[::2]}, "real-again": {"tokens": rows[1::2]}}
 
     def plain() -> dict[str, dict[str, Tensor]]:
         # What --calibration self did before: a hot start after the beginning-of-sequence token, nothing else.
@@ -76,8 +76,8 @@ def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: 
         writer = Writer(source, size.sequence_length, 0, keep=keep, identity={"count": count, "needed": needed})
         pool = write_pool(writer, source.tokenizer, count, needed)  # kept: read back, not written again
         # Every candidate has the same chance, so that conversations and other texts stay half and half.
-        spread = torch.linspace(0, pool.fit.numel() - 1, size.sequences).round().to(torch.int64)
-        return {"selected": selected, "pool": {"tokens": pool.written.tokens[pool.fit[spread]]}}
+        chosen = spread(pool.fit, size.sequences)
+        return {"selected": selected, "pool": {"tokens": pool.written.tokens[chosen]}}
 
     texts: dict[str, dict[str, Tensor]] = {}
     makers: list[tuple[tuple[str, ...], Callable[[], dict[str, dict[str, Tensor]]]]] = [

@@ -24,6 +24,7 @@ from toolchain.outliers import PLACES, Outliers, measure_outliers, observe
 from toolchain.recipe import CacheChoice, Recipe
 from toolchain.rotation_learning import Learning, learn_rotations
 from toolchain.statistics.covariance import Covariance
+from toolchain.text import spread
 from toolchain.transforms import (
     Pair,
     Smooth,
@@ -202,10 +203,10 @@ def _smoothing(source: SourceModel, recipe: Recipe, rows: Tensor) -> tuple[Smoot
         left.extend(measure_outliers(index, PLACES[role], x) for role, x in scaled.items())
         if cache is not None:
             query, key, _ = samples.take()
-            spread = torch.linspace(0, key.shape[1] - 1, min(_SAMPLES, key.shape[1])).round().to(torch.int64)
+            places = spread(torch.arange(key.shape[1]), _SAMPLES)
             scales[index, "q_k"] = search_key_smoothing(
-                query[:, spread],
-                key[:, spread],
+                query[:, places],
+                key[:, places],
                 cache.scheme,
                 len(spec.attention[index].rope_inv_freq),
                 joint=bool(names.head_norms()),
@@ -231,7 +232,6 @@ def _search(
         limits = (float(x.min()), float(x.max())) if scheme.needs_range else None
         return simulate(narrow, scheme, group_size=fmt.group_size, static_range=limits).to(x.dtype)
 
-    spread = torch.linspace(0, len(x) - 1, min(_SAMPLES, len(x))).round().to(torch.int64)
     covariance = Covariance(x.shape[1], x)
     covariance.add(x)
     hessian = covariance.hessian()
@@ -240,7 +240,7 @@ def _search(
         weight,
         costs,
         x.abs().amax(0),
-        x[spread],
+        spread(x, _SAMPLES),
         fmt,
         quantized,
         shared=shared,

@@ -38,6 +38,13 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows [n, ...], evenly spread, so that a long text is seen from end to end."""
+    if rows.shape[0] <= count:
+        return rows
+    return rows[torch.linspace(0, rows.shape[0] - 1, count).round().to(torch.int64)]
+
+
 def sequences(tokens: Tensor, length: int, where: object) -> Tensor:
     """Consecutive sequences without overlap, int64 [n, length]; the rest is dropped.
 

@@ -16,7 +16,7 @@ from toolchain.calibration.named import DATASETS, dataset_sequences
 from toolchain.calibration.pool import self_text
 from toolchain.loading import SourceModel
 from toolchain.recipe import CalibrationSize
-from toolchain.text import read_text, sequences, tokenize
+from toolchain.text import read_text, sequences, spread, tokenize
 
 __all__ = ["DATASETS", "Calibration", "kept_text", "load_calibration"]
 
@@ -61,7 +61,7 @@ def load_calibration(
     path = Path(choice).expanduser()
     if path.is_file():
         rows = sequences(tokenize(read_text(path), source.tokenizer), length, path)
-        return _split(_spread(rows, wanted), size, {"source": choice, "sha256": sha256_file(path)})
+        return _split(spread(rows, wanted), size, {"source": choice, "sha256": sha256_file(path)})
     if choice in DATASETS:
         held = min(size.held_out_sequences, max(wanted // 5, 1))
         tokenizer = source.tokenizer
@@ -70,13 +70,6 @@ def load_calibration(
         return _described(rows, held_out, False, {"source": choice, "seed": seed})
     accepted = f"Accepted: a text file, self, or one of {', '.join(DATASETS)}"
     raise UsageError(f"no such file or data set: {choice!r}", where="--calibration", fix=accepted)
-
-
-def _spread(rows: Tensor, wanted: int) -> Tensor:
-    """At most `wanted` rows, evenly spread over the text, so that a long text is seen from end to end."""
-    if rows.shape[0] <= wanted:
-        return rows
-    return rows[torch.linspace(0, rows.shape[0] - 1, wanted).round().to(torch.int64)]
 
 
 def _split(rows: Tensor, size: CalibrationSize, source: dict[str, Any]) -> Calibration:

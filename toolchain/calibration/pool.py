@@ -29,6 +29,7 @@ from toolchain.calibration.stepping import steps_fast
 from toolchain.calibration.writing import Written, write_batch
 from toolchain.loading import SourceModel
 from toolchain.recipe import CalibrationSize
+from toolchain.text import spread
 
 _CACHE_BYTES = 2 << 30  # what the keys and values of one batch may take
 _LARGEST_BATCH = 96
@@ -200,7 +201,7 @@ def self_text(source: SourceModel, size: CalibrationSize, length: int, seed: int
     facts = pool.facts | {"candidates": candidates.numel(), "texts": _kinds(writer)}
     if candidates.numel() > size.sequences and not selects:
         # Every candidate has the same chance, so that conversations and other texts stay half and half.
-        chosen = candidates[torch.linspace(0, candidates.numel() - 1, size.sequences).round().to(torch.int64)]
+        chosen = spread(candidates, size.sequences)
     elif candidates.numel() > size.sequences:
         selection = select(
             similarity({name: values[candidates] for name, values in pool.written.statistics.items()}), size.sequences
