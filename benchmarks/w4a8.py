@@ -51,8 +51,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 RECOMMENDED, GUARDED = {"per_block": "smooth", "per_token": "smooth+table"}, "guarded"
 ROWS = (*VARIANTS, GUARDED)
-_BUDGET = 0.1
-GUARD_SEQUENCES = 8
+_BUDGET, _GUARD_SEQUENCES = 0.1, 8
 CHANNELS, FACTOR = 6, 256.0
 _WEIGHTS = {"bits": 4, "group_size": 32}
 
@@ -84,7 +83,7 @@ def run(given: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows, those that are new measured."""
     source = load_source(given.model)
     calibration = tokenize(read_text(given.calibration), source.tokenizer)
-    drawn = calibration_rows(calibration, given.sequences + GUARD_SEQUENCES, given.length, 0)
+    drawn = calibration_rows(calibration, given.sequences + _GUARD_SEQUENCES, given.length, 0)
     rows, guard_rows = drawn[: given.sequences], drawn[given.sequences :]
     held_out = sequences(tokenize(read_text(given.text), source.tokenizer)[: given.tokens], given.length, given.text)
     done: list[dict[str, Any]] = []
