@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ from boa_edge.files import write_json, write_text
 
 OURS_COLOURS = ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1")
 PEER_COLOURS = ("#7f2704", "#d94801", "#f16913", "#a63603", "#cc7a29", "#e6a04d", "#8c6239", "#c49a6c")
+_TITLE = 66  # characters that fit above a panel
 _HEAD = (
     "| method | KL (nats/token) | by seed | KL / best peer | perplexity | top-1 | seconds | CPU seconds | peak MB |\n"
     "|---|---|---|---|---|---|---|---|---|"
@@ -230,7 +232,7 @@ def draw(output: Path, outcomes: list[Outcome]) -> None:
             label.set_color(OURS_COLOURS[0] if line.ours else PEER_COLOURS[0])
             label.set_fontweight("bold" if line.ours else "normal")
         axis.set_ylim(len(lines) - 0.4, -0.6)
-        axis.set_title(f"{setting}: {_words(setting)}", loc="left", fontsize=10)
+        axis.set_title(textwrap.fill(f"{setting}: {_words(setting)}", _TITLE), loc="left", fontsize=10)
         axis.set_xscale("log")
         axis.grid(axis="x", which="both", color="#e3e3e3", lw=0.6)
         axis.set_axisbelow(True)
