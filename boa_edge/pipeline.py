@@ -58,7 +58,7 @@ def run_all(
         output.mkdir(parents=True, exist_ok=True)
     quantizing = {
         "model": _identity(model),
-        "recipe": chosen.model_dump(),
+        "recipe": chosen.effective(),
         "calibration": _identity(calibration or "self"),
         "compare": compare,
         "version": __version__,

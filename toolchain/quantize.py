@@ -170,7 +170,7 @@ def _resume_file(output: Path, prepared: Prepared, recipe: Recipe, text: Calibra
         "transforms' tensors": torch.cat([*(each.flatten() for each in tensors.values()), torch.zeros(0)]),
         "activations": None if prepared.activations is None else prepared.activations.to_document(),
         "cache": None if prepared.cache is None else prepared.cache.to_document(),
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.effective(),
         "calibration": text.sequences,
         "weights": text.weights,
         "versions": _versions(),

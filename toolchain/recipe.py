@@ -156,6 +156,7 @@ class Recipe(_Frozen):
         weights: format of the linears of every block.
         embedding: format of the embedding table and head; null keeps them in floating point.
         scale_search: how grids are chosen; null takes the method's own (minmax for rtn, hessian for the others).
+        solver: null takes the method's own options.
         round_scales: round scales to bfloat16 before the codes are solved, so that every runtime holds them exactly.
         damping: added to the diagonal of each Hessian, relative to its mean.
         activations: null leaves them in floating point.
@@ -226,10 +227,17 @@ class Recipe(_Frozen):
         """The same formats by another method, with that method's own grid search where none was chosen."""
         return self.model_validate({**self.model_dump(), "method": method})
 
+    def effective(self) -> dict[str, Any]:
+        """Its fields, JSON-ready, with what is in force in the place of what was left to the method."""
+        options = None if self.options is None else self.options.model_dump()
+        return self.model_dump(mode="json") | {"scale_search": self.search, "solver": options}
+
     def to_yaml(self) -> str:
-        """What it says, less what it does not use."""
-        unused = set() if LEARNED_ROTATION in self.transforms else {"learning"}
-        return yaml.safe_dump(self.model_dump(exclude=unused), sort_keys=False)
+        """What is in force, less what it does not use; `parse_recipe` reads it back as this recipe."""
+        document = self.effective()
+        if LEARNED_ROTATION not in self.transforms:
+            del document["learning"]
+        return yaml.safe_dump(document, sort_keys=False)
 
 
 def load_recipe(recipe: str) -> Recipe:
@@ -280,11 +288,19 @@ def _from_file(path: Path) -> Recipe:
 
 
 def parse_recipe(document: dict[str, Any], where: object) -> Recipe:
-    """Validate a mapping. Raises UsageError naming the field, what was found and what is accepted."""
+    """Validate a mapping. What is the method's own anyway counts as left to it: another one would have its own.
+
+    Raises:
+        UsageError: naming the field, what was found and what is accepted.
+    """
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
     except ValidationError as error:
         raise UsageError(_explain(error), where=where) from None
+    method = METHODS[recipe.method]
+    search = None if recipe.scale_search == method.default_search else recipe.scale_search
+    solver = None if recipe.solver == method.options else recipe.solver
+    return recipe.model_copy(update={"scale_search": search, "solver": solver})
 
 
 def _explain(error: ValidationError) -> str:

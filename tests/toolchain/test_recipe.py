@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from boa_edge.errors import UsageError
+from toolchain.methods import METHODS
+from toolchain.options import Options
 from toolchain.recipe import load_recipe, parse_recipe
 
 
@@ -30,6 +33,26 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(load_recipe("w3asym-gptq").to_yaml())
     assert load_recipe(str(path)) == load_recipe("w3asym-gptq")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("solver", [None, {"sweeps": 3}])
+def test_the_effective_recipe_leaves_nothing_to_the_method(method: str, solver: dict[str, int] | None) -> None:
+    """It says what the method's own options are, and still another method would have its own."""
+    recipe = parse_recipe({"method": method, "weights": {"bits": 4}, "solver": solver}, "test")
+    document = yaml.safe_load(recipe.to_yaml())
+    options = METHODS[method].options if solver is None else Options(sweeps=3)
+    assert document["solver"] == (None if options is None else options.model_dump())
+    assert document["scale_search"] == METHODS[method].default_search
+    again = parse_recipe(document, "test")
+    assert (again, again.effective()) == (recipe, recipe.effective())
+    for other in METHODS:
+        assert again.with_method(other) == recipe.with_method(other)
+        if solver is None:
+            assert (again.with_method(other).options, again.with_method(other).search) == (
+                METHODS[other].options,
+                METHODS[other].default_search,
+            )
 
 
 @pytest.mark.parametrize(
