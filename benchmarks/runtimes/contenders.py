@@ -37,6 +37,9 @@ class Contender:
         return self.beside is None
 
 
+OPTIMUM = Peer(
+    "", "", "optimum_executorch", ("optimum-executorch==1.1.0", "executorch==1.5.1", "torch==2.13.0"), lambda _: None
+)
 LLAMA = Peer("", "", "llamacpp", ("xllamacpp==2026.10.11549", "numpy==2.4.6"), lambda _: None)
 
 QDQ, FUSED, PROGRAM = "boa-edge ONNX qdq", "boa-edge ONNX fused", "boa-edge ExecuTorch"
