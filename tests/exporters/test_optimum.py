@@ -82,7 +82,7 @@ def test_without_a_length_it_is_optimums_or_what_the_model_reads(
 
 
 def test_what_cannot_be_is_refused(
-    plugin: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    plugin: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="lowers checkpoints that `boa-edge quantize` wrote"):
         plugin.lower(object())
@@ -92,9 +92,9 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(FileNotFoundError, match="no program '/nowhere/boa-edge': set BOA_EDGE_COMMAND to"):
         plugin.lower(plugin.Checkpoint(checkpoint, {}, nobody))
     monkeypatch.setenv(plugin.COMMAND, str(BOA_EDGE))
-    with pytest.raises(RuntimeError, match=r"--context 129 .* ended with 2; what was wrong stands above"):
+    with pytest.raises(RuntimeError, match=r"--context 129 .* ended with 2: error: --context: a context of 129 tokens"):
         plugin.lower(plugin.Checkpoint(checkpoint, {"max_seq_len": 129}, nobody))
-    assert "a context of 129 tokens" in capfd.readouterr().err
+    assert "a context of 129 tokens" in capsys.readouterr().err
 
 
 def test_any_other_recipe_sees_what_optimums_task_loads(plugin: Any, checkpoint: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,7 +89,7 @@ def lower(model: Any, command: str | None = None) -> Program:
     Raises:
         ValueError: `model` is no checkpoint of boa-edge, or an option asks for another quantization.
         FileNotFoundError: there is no such program.
-        RuntimeError: it failed; why is on stderr.
+        RuntimeError: it failed, with its own words.
     """
     if not isinstance(model, Checkpoint):
         raise ValueError("the recipe boa-edge lowers checkpoints that `boa-edge quantize` wrote, for text generation")
@@ -103,10 +104,22 @@ def lower(model: Any, command: str | None = None) -> Program:
     words = [_program(command), "export", str(model.path), "--runtime", "executorch", "-o", str(bundle)]
     # One length for both: optimum-executorch generates until get_max_seq_len, which is what one call takes.
     words += ["--context", str(length), "--prefill", str(prefill)]
-    done = subprocess.run(words, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    if done.returncode:
-        raise RuntimeError(f"`{' '.join(words)}` ended with {done.returncode}; what was wrong stands above")
+    _run(words)
     return Program(directory, bundle / _PROGRAM)
+
+
+def _run(words: list[str]) -> None:
+    """Run a program, what it says passed on."""
+    said = "it said nothing"
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            sys.stderr.write(line)
+            said = line.strip() or said
+    if process.returncode:
+        raise RuntimeError(f"`{' '.join(words)}` ended with {process.returncode}: {said}")
 
 
 def _length(model: Checkpoint) -> int:
