@@ -45,7 +45,8 @@ class Benchmark:
         self.prompt = tuple(int(token) for token in ids[: arguments.prompt])
         self.rows = sequences(ids[: arguments.tokens], arguments.length, arguments.text) if arguments.tokens else None
         model_key = digest(self.source.files)
-        self.inputs = Inputs(arguments.model, self._exported(model_key), model_key, self._checkpoint(), self.work)
+        made = self._exported(model_key), model_key, self._checkpoint(), self.work
+        self.inputs = Inputs(arguments.model, *made, arguments.environments.absolute())
         self.failures: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {}
         self.loads: list[float] = []  # averages over a minute, at the start of each run

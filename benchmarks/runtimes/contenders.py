@@ -72,6 +72,17 @@ CONTENDERS: tuple[Contender, ...] = (
         ),
     ),
     Contender(
+        "optimum-executorch, 8da4w",
+        "executorch-optimum",
+        "optimum",
+        OPTIMUM,
+        PYTHON,
+        note=(
+            "as its README exports: custom attention and cache, groups of 32 by HQQ (its default), head among them; "
+            "embedding 8 bits per row; it computes the logits of all positions of a prompt"
+        ),
+    ),
+    Contender(
         "llama.cpp Q4_1",
         "gguf-q4_1",
         "llama",

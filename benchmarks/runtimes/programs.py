@@ -16,7 +16,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from benchmarks.peers.table import last_error
+from benchmarks.peers.table import last_error, python_of
+from benchmarks.runtimes.contenders import OPTIMUM
+from benchmarks.runtimes.lengths import CONTEXT
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import output_directory, sha256_file, write_json
 from boa_edge.progress import say
@@ -37,6 +39,12 @@ QUIET = {
     "PYTHONPATH": str(ROOT),
 }
 
+# As its README has it for this backend, with an embedding of 8 bits per row and a cache like ours.
+_OPTIMUM_OPTIONS = [
+    *("--task", "text-generation", "--recipe", "xnnpack", "--use_custom_sdpa", "--use_custom_kv_cache"),
+    *("--qlinear", "8da4w", "--qlinear_group_size", "32", "--qembedding", "8w", "--max_seq_len", str(CONTEXT)),
+]
+
 
 class NotAvailableError(Exception):
     """Why a contender is not in the table."""
@@ -51,6 +59,7 @@ class Inputs:
         model: the source model as a Hugging Face directory, float32; `model_key` is its identity.
         checkpoint: the quantized one.
         work: where programs are kept.
+        environments: where other tools are installed.
     """
 
     name: str
@@ -58,6 +67,7 @@ class Inputs:
     model_key: str
     checkpoint: Path
     work: Path
+    environments: Path
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,24 @@ def _executorch_llama(inputs: Inputs) -> Program:
     return _made(inputs, decides, build, "model.pte")
 
 
+def _executorch_optimum(inputs: Inputs) -> Program:
+    decides = {
+        "program": "optimum-executorch 8da4w (about ten minutes)",
+        "model": inputs.model_key,
+        "requirements": OPTIMUM.requirements,
+        "options": _OPTIMUM_OPTIONS,
+    }
+    python = python_of(OPTIMUM, inputs.environments)
+
+    def build(partial: Path) -> None:
+        command = [str(python.with_name("optimum-cli")), "export", "executorch", "--model", str(inputs.model)]
+        run_script(
+            [*command, *_OPTIMUM_OPTIONS, "--output_dir", str(partial)], inputs.work / "logs" / "executorch-optimum.log"
+        )
+
+    return _made(inputs, decides, build, "model.pte")
+
+
 def _gguf_source(inputs: Inputs) -> Path:
     path = default_model_file() if inputs.name == "default" else Path(inputs.name)
     if path.suffix != ".gguf":
@@ -225,6 +253,7 @@ PROGRAMS: dict[str, Callable[[Inputs], Program]] = {
     "genai-int4": _builder("int4"),
     "genai-fp32": _builder("fp32"),
     "executorch-llama": _executorch_llama,
+    "executorch-optimum": _executorch_optimum,
     "gguf-q4_1": _gguf_as_it_is,
     "gguf-q4_0": _gguf_q4_0,
 }
