@@ -19,6 +19,7 @@ from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.families import LayerNames
 from toolchain.loading import SourceModel
 from toolchain.statistics.attention import Handler
+from toolchain.transforms import online_products, transforms_of
 
 # What several projections take in is looked at once, under the name of the first.
 PLACES = {"q": "attention", "o": "o", "up": "mlp", "down": "down"}
@@ -91,7 +92,11 @@ def observe(
                 visit(index, names, runner, inputs)
             text.advance()
         norm: Any = model.get_submodule(spec.final_norm)
-        found.append(measure_outliers(-1, "head", torch.cat([norm(x).flatten(0, 1) for x in text.hidden])))
+        entering = torch.cat([norm(x).flatten(0, 1) for x in text.hidden])
+        for product in online_products(spec, transforms_of(model)):
+            if (product.place, product.module) == ("input", spec.head):  # a hook of the head, which is not called here
+                entering = product(entering)
+        found.append(measure_outliers(-1, "head", entering))
     return found
 
 

@@ -98,6 +98,24 @@ def test_the_outliers_that_smoothing_leaves_are_those_of_the_smoothed_model(tiny
     assert all(after.maximum < 0.5 * before.maximum for before, after in pairs if before.place in ("attention", "mlp"))
 
 
+@pytest.mark.parametrize("names", [["rotatetable"], ["rotate", "smooth", "rotatetable"]])
+def test_the_head_s_outliers_are_those_of_what_it_takes_in(names: list[str], tiny_model: Path) -> None:
+    source = load_source(str(tiny_model))
+    recipe = parse_recipe({"method": "gptq", "weights": {"bits": 4, "group_size": 32}, "transforms": names}, "test")
+    sequences = torch.randint(0, source.spec.vocab_size, (4, 48), generator=torch.Generator().manual_seed(0))
+    told = prepare(source, recipe, sequences)
+    seen: list[Tensor] = []
+    head = told.source.model.get_submodule(told.source.spec.head)
+    hook = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        told.source.model(sequences)
+    hook.remove()
+    expected = measure_outliers(-1, "head", seen[0].flatten(0, 1))
+    assert told.after[-1].place == "head"
+    assert told.after[-1].maximum == pytest.approx(expected.maximum, rel=1e-4)
+    assert told.after[-1].maximum != pytest.approx(told.before[-1].maximum, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_checkpoint_holds_all_that_its_logits_depend_on(
     name: str, tiny_model: Path, text_file: Path, tmp_path: Path
