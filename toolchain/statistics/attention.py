@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from toolchain import distributed
 from toolchain.statistics.covariance import mirrored, panels
 from toolchain.statistics.gauss_newton import GaussNewtonRows
+from toolchain.text import spread
 
 T = TypeVar("T")
 
@@ -228,7 +229,7 @@ class AttentionRecorder:
         if root is not None:
             weights *= root[:, None, :, None]
         stacked = weights.view(batch, groups, heads // groups, length, length)
-        looked_at = torch.linspace(0, length - 1, min(_OVERLAP_POSITIONS, length)).round().to(torch.int64)
+        looked_at = spread(torch.arange(length), _OVERLAP_POSITIONS)
         read = stacked.index_select(3, looked_at.to(weights.device)).flatten(2, 3) @ self.x[:, None]
         read = read.unflatten(2, (heads // groups, -1)).flatten(3)
         self.overlap += (read @ read.mT).sum(0)

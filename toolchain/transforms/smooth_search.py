@@ -23,6 +23,7 @@ from torch import Tensor
 
 from toolchain.grids import GridFormat, ScaleSearch, find_grid, round_to_grid
 from toolchain.solvers.linear_algebra import remaining_costs
+from toolchain.text import spread
 from toolchain.transforms.smooth_descent import Objective, Steps, descend
 
 STRENGTHS = tuple(step / 10 for step in range(11))
@@ -91,8 +92,8 @@ def search_smoothing(
         ValueError: shapes that do not go together.
     """
     largest, columns = weight.abs().amax(0), weight.shape[1]
-    if rows is not None and rows < len(weight):
-        weight = weight[torch.linspace(0, len(weight) - 1, rows).round().to(torch.int64)]
+    if rows is not None:
+        weight = spread(weight, rows)
     weight, hessian, samples = (each.to(dtype) for each in (weight, hessian, samples))
     shared = torch.arange(columns) if shared is None else shared
     if hessian.shape not in ((columns, columns), (columns,)) or {maxima.shape[-1], samples.shape[-1], len(shared)} != {
@@ -101,15 +102,15 @@ def search_smoothing(
         raise ValueError(f"weight [.., {columns}], Hessian, maxima and samples are not of one width")
 
     def measured(scales: Tensor, strength: float | None) -> Smoothing:
-        spread = scales[shared].to(dtype)
-        scaled, inputs = weight * spread, samples / spread
+        own = scales[shared].to(dtype)
+        scaled, inputs = weight * own, samples / own
         seen = None
         if search == "hessian":
             whole = hessian if hessian.ndim == 2 else torch.diag(hessian)
-            seen = (whole / spread / spread[:, None])[None]
+            seen = (whole / own / own[:, None])[None]
         grid = find_grid(scaled[None], fmt, search, seen)
         rounded = grid.values(round_to_grid(scaled[None], *grid.expand(columns), fmt.bits))[0]
-        change = (rounded - scaled) / spread
+        change = (rounded - scaled) / own
         moved = (activation(inputs) - inputs) @ scaled.mT
         weighted = change @ hessian if hessian.ndim == 2 else change * hessian
         weight_error = 0.5 * float((weighted * change).sum())
