@@ -2,8 +2,8 @@
 
 A block is run by its own class from `transformers`; nothing of its architecture is written down here but where its
 projections are. Hooks take the projections' inputs, a pass ends as soon as it has shown what was wanted, and what is
-already known is not computed again: a projection that is done hands out its stored output, and what lies before it
-handles empty tensors.
+already known is not computed again: attention or an MLP that is done hands out its stored output, and what lies before
+it is left out.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class BlockRunner:
         modules: those modules.
         arguments: what the model hands this block besides the hidden states.
         index: which block of the model it is.
+        norms: by role, `o` and `down`, what norms the inputs of attention and of the MLP.
         head_norms: by role, the norms on each head of q and k, where there are any.
         activations: how the inputs of the projections are quantized in passes with the settled weights.
         kept: what becomes of keys and values in those passes; None: nothing.
@@ -75,6 +76,7 @@ class BlockRunner:
         arguments: dict[str, Any],
         *,
         index: int = 0,
+        norms: Mapping[str, nn.Module] | None = None,
         head_norms: Mapping[str, nn.Module] | None = None,
         activations: ActivationPlan | None = None,
         kept: Kept | None = None,
@@ -83,6 +85,9 @@ class BlockRunner:
         self.index, self.head_norms = index, head_norms or {}
         self._activations, self._kept = activations, kept
         self._final: dict[str, Tensor] = {}
+        self._norms = norms or {}
+        owners = {role: _owner(block, modules[parts[role].module]) for role in _BEFORE if role in parts}
+        self._owners = {role: owner for role, owner in owners.items() if owner is not block}
 
     def original(self, role: str) -> Tensor:
         """The full-precision weight of a projection, [out, in]."""
@@ -174,17 +179,9 @@ class BlockRunner:
                 if role in outputs or role == stop_after:
                     handles.append(self.modules[part.module].register_forward_hook(after(role)))
             for role in known:  # the others are what this pass is to find out
-                stack.enter_context(
-                    _replaced(self.modules[self.parts[role].module], _constant(stream.outputs[role][batch]))
-                )
-                for earlier in _BEFORE[role]:
-                    if earlier in self.parts:
-                        module = self.modules[self.parts[earlier].module]
-                        stack.enter_context(_replaced(module, _empty_output(module)))
-                if role == "o":
-                    handler = _skip_attention
+                self._skip(stack, role, stream.outputs[role][batch])
             stack.enter_context(handled_by(handler))
-            stack.enter_context(cached_by(self._kept if final and handler is not _skip_attention else None))
+            stack.enter_context(cached_by(self._kept if final else None))
             try:
                 result = self._block(stream.hidden[batch], **self._arguments)
                 hidden = result[0] if isinstance(result, tuple) else result
@@ -195,14 +192,33 @@ class BlockRunner:
                     handle.remove()
         return Taps(seen_inputs, seen_outputs, hidden)
 
+    def _skip(self, stack: ExitStack, role: str, known: Tensor) -> None:
+        """Until `stack` ends, attention (`o`) or the MLP (`down`) puts out what is known; nothing before it runs."""
+        if role in self._norms:
+            stack.enter_context(_replaced(self._norms[role], _identity))
+        if role in self._owners:
+            # transformers' attention hands out its weights too, which nobody reads.
+            stack.enter_context(_replaced(self._owners[role], _constant((known, None) if role == "o" else known)))
+            return
+        stack.enter_context(_replaced(self.modules[self.parts[role].module], _constant(known)))
+        for earlier in _BEFORE[role]:
+            if earlier in self.parts:
+                module = self.modules[self.parts[earlier].module]
+                stack.enter_context(_replaced(module, _empty_output(module)))
+
     def output(self, role: str, x: Tensor) -> Tensor:
         """What a settled projection with a module of its own puts out for an input."""
         module = self.parts[role].module
         return nn.functional.linear(x, self._final[module], self.modules[module].bias)
 
 
+def _owner(block: nn.Module, module: nn.Module) -> nn.Module:
+    """The part of a block that holds a module."""
+    return next(part for part in block.modules() if any(child is module for child in part.children()))
+
+
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     if "forward" in module.__dict__:  # several projections of one module
         yield
         return
@@ -213,8 +229,12 @@ def _replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterato
         del module.forward
 
 
-def _constant(known: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _x: known
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _constant(known: Any) -> Callable[..., Any]:
+    return lambda *_, **__: known
 
 
 def _empty_output(module: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -222,8 +242,3 @@ def _empty_output(module: nn.Linear) -> Callable[[Tensor], Tensor]:
         return x.new_zeros(()).expand(*x.shape[:-1], module.out_features)
 
     return forward
-
-
-def _skip_attention(query: Tensor, *_: Any) -> Tensor:
-    batch, heads, length, hd = query.shape
-    return query.new_zeros(()).expand(batch, length, heads, hd)

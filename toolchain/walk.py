@@ -78,6 +78,7 @@ class Texts:
             modules,
             self._arguments[index],
             index=index,
+            norms={"o": model.get_submodule(names.attention_norm), "down": model.get_submodule(names.mlp_norm)},
             head_norms={role: model.get_submodule(name) for role, name in names.head_norms().items()},
             activations=self._activations,
             kept=None if self._cache is None else self._cache.seen_by(index, self._turns.get(index)),

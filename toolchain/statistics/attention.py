@@ -184,6 +184,7 @@ class AttentionRecorder:
         self.x: Tensor | None = None
         self.token_weights: Tensor | None = None
         self.weight = 0.0
+        self._is_causal = False
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
@@ -199,8 +200,7 @@ class AttentionRecorder:
         output = None
         if self.values is not None or self.gauss_newton is not None:
             weights = attention_weights(query, key, mask, scaling, softcap)
-            if float(weights.triu(1).amax()) != 0.0:
-                raise AssertionError("attention weights lie above the diagonal: the causal mask is missing")
+            self._check_causal(weights)
             if not self.stops:
                 output = (weights @ value.repeat_interleave(heads // value.shape[1], 1)).transpose(1, 2)
             if self.gauss_newton is not None:
@@ -215,6 +215,12 @@ class AttentionRecorder:
         if self.stops:
             raise Stop
         return output
+
+    def _check_causal(self, weights: Tensor) -> None:
+        """Once: all batches have the same mask."""
+        if not self._is_causal and float(weights.triu(1).amax()) != 0.0:
+            raise AssertionError("attention weights lie above the diagonal: the causal mask is missing")
+        self._is_causal = True
 
     def _add_values(self, weights: Tensor, root: Tensor | None) -> None:
         """Per key-value head: sum over its query heads of M_hh' A_h^T A_h', between X^T and X; weights are overwritten.
