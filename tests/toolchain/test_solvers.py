@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -144,3 +147,17 @@ def test_damping_rises_for_an_indefinite_hessian_and_says_so() -> None:
     H[:, 0, 1] = H[:, 1, 0] = 5.0
     with pytest.raises(ArithmeticError, match="not positive definite"):
         inverse_factor(H, 1e-3)
+
+
+def test_compiled_loops_take_as_many_threads_as_pytorch_and_leave_it_its_own() -> None:
+    script = """
+import numba, torch
+from toolchain.grids import GridFormat, find_grid
+from toolchain.solvers import gptq
+torch.set_num_threads(1)
+weight = torch.randn(1, 8, 32)
+gptq.solve(weight, torch.eye(32)[None], find_grid(weight, GridFormat(4, None, True, False), "minmax"))
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["1", "1"], done.stderr

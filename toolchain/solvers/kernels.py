@@ -8,11 +8,31 @@ Shapes: weight, scales, zeros, codes [n, rows, columns]; factors and Hessians [n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import numba
 import numpy as np
+import torch
 from numba import njit, prange
 
 
-@njit(parallel=True, cache=True, nogil=True)
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """The compiled form, on as many threads as PyTorch has."""
+    kernel = njit(parallel=True, cache=True, nogil=True)(function)
+
+    @wraps(function)
+    def run(*arrays: Any) -> None:
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)  # Numba's first use sets OpenMP's, and so PyTorch's, to all cores
+        kernel(*arrays)
+
+    return run
+
+
+@_compiled
 def one_sided_block(weight, upper, scales, zeros, low, high, codes, errors):  # type: ignore[no-untyped-def]
     """GPTQ over a block of columns; rows are independent. `weight` is overwritten, `codes` and `errors` are filled."""
     n, rows, columns = weight.shape
@@ -30,7 +50,7 @@ def one_sided_block(weight, upper, scales, zeros, low, high, codes, errors):  # 
                 row[k] -= error * factor[k]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@_compiled
 def two_sided(weight, upper, coupling, scales, zeros, low, high, codes):  # type: ignore[no-untyped-def]
     """BoA: heads are independent, rows of a head are not. `weight` is overwritten with row_start - rounded.
 
@@ -58,7 +78,7 @@ def two_sided(weight, upper, coupling, scales, zeros, low, high, codes):  # type
                     row[k] -= error * factor[k]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@_compiled
 def descend_rows(gradient, columns_hessian, scales, low, high, codes, sweeps):  # type: ignore[no-untyped-def]
     """Coordinate descent, H_row the identity. gradient [n, rows, columns] = D H_col, kept up to date."""
     n, rows, columns = codes.shape
@@ -83,7 +103,7 @@ def descend_rows(gradient, columns_hessian, scales, low, high, codes, sweeps):  
                 break
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@_compiled
 def descend_heads(gradient, columns_hessian, rows_hessian, scales, low, high, codes, sweeps):  # type: ignore[no-untyped-def]
     """Coordinate descent on tr(H_row D H_col D^T). gradient [n, rows, columns] = H_row D H_col, kept up to date."""
     n, rows, columns = codes.shape
