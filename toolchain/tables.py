@@ -30,7 +30,10 @@ from toolchain.statistics.covariance import Covariance
 SHARE = 0.3
 """What of the identity a tied table's Hessian holds; of 0.03, 0.3 and 3 the best on SmolLM2-135M (docs/log.md)."""
 _ROWS = 8192  # at a time
+_FINE = 8  # bits from which on neither scales nor codes are worth a search
 _TOKENS_PER_CHANNEL = 8  # of calibration text, for the head's inputs
+_TOKENS_WHERE_FINE = 2
+_BATCH = 2
 
 
 def quantize_tables(source: SourceModel, recipe: Recipe, sequences: Tensor | None) -> dict[str, QuantizedWeight]:
@@ -43,17 +46,16 @@ def quantize_tables(source: SourceModel, recipe: Recipe, sequences: Tensor | Non
     if fmt is None:
         return {}
     spec = source.spec
-    inputs = None if sequences is None else head_inputs(source, sequences)
+    tokens = (_TOKENS_WHERE_FINE if fmt.bits >= _FINE else _TOKENS_PER_CHANNEL) * spec.hidden_size
+    inputs = None if sequences is None else head_inputs(source, sequences[: -(-tokens // sequences.shape[1])])
     names = [spec.embedding] + ([] if spec.tied_embeddings else [spec.head])
     grid_format = GridFormat(fmt.bits, fmt.group_size, True, recipe.round_scales)
     return {name: _quantize(source, name, grid_format, inputs, recipe) for name in track(names, "quantizing tables")}
 
 
 def head_inputs(source: SourceModel, sequences: Tensor) -> Tensor:
-    """2 E[x x^T] [d, d] of what the head takes in, in the original model, over as much of the text as it takes."""
-    width, length = source.spec.hidden_size, sequences.shape[1]
-    count = -(-_TOKENS_PER_CHANNEL * width // length)
-    covariance = Covariance(width, torch.empty(0, dtype=torch.float32))
+    """2 E[x x^T] [d, d] of what the head takes in, in the original model; sequences int64 [n, length]."""
+    covariance = Covariance(source.spec.hidden_size, torch.empty(0, dtype=torch.float32))
     head = source.model.get_submodule(source.spec.head)
 
     def take(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -62,9 +64,9 @@ def head_inputs(source: SourceModel, sequences: Tensor) -> Tensor:
 
     hook = head.register_forward_pre_hook(take)
     try:
-        for row in track(list(sequences[:count]), "looking at the head's inputs"):
+        for rows in track(sequences.split(_BATCH), "looking at the head's inputs"):
             with torch.inference_mode(), suppress(Stop):
-                source.model(row[None], use_cache=False)
+                source.model(rows, use_cache=False)
     finally:
         hook.remove()
     return covariance.hessian()
@@ -98,8 +100,12 @@ def _quantize(
     if name == spec.embedding:
         hessian = hessian + SHARE * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     # The rounding that is learned takes the loss of a whole projection down step by step: too much for so many rows.
-    own = options.model_copy(update={"rounding_iterations": 0})
-    return solve_matrix(table, hessian, Settings(fmt, "hessian", recipe.damping), own, _ROWS)
+    changed: dict[str, int] = {"rounding_iterations": 0}
+    search: ScaleSearch = "hessian"
+    if fmt.bits >= _FINE:  # the largest entry on the largest code is as good there, at a fifth of the time
+        search, changed = "minmax", changed | {"refits": 0, "sweeps": 0}
+    own = options.model_copy(update=changed)
+    return solve_matrix(table, hessian, Settings(fmt, search, recipe.damping), own, _ROWS)
 
 
 def _round(table: Tensor, fmt: GridFormat, search: ScaleSearch) -> QuantizedWeight:

@@ -77,7 +77,9 @@ def test_solved_tables_lose_less_than_rounded_ones_where_it_counts(
     assert tables["edge"][name].bits == bits
     assert tables["edge"][name].group_size == group_size
     assert tables["edge"][name].zero_points is None
-    assert loss("edge") < loss("gptq") < loss("rtn")
+    assert max(loss("edge"), loss("gptq")) < loss("rtn")
+    if bits < 8:  # from there on neither scales nor codes are searched for
+        assert loss("edge") < loss("gptq")
 
 
 def test_the_text_enters_through_the_codes_and_the_model_is_left_as_it_was(
