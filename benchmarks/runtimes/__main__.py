@@ -3,8 +3,9 @@
     python -m benchmarks.runtimes --checkpoint DIR --text test.txt -o docs/benchmarks
 
 Every run is a process of its own and every contender runs once a round, so that what else the machine does meets all of
-them. All have the same prompt, lengths and threads. Programs and figures are kept in the work directory by what decides
-them, so that a run that is stopped goes on where it stopped. Writes runtimes.json, runtimes.md and runtimes.svg/.png.
+them. All have the same prompt, lengths and threads. Programs and KLs are kept in the work directory by what decides
+them, times until the report is written, so that a run that is stopped goes on where it stopped. Writes runtimes.json,
+runtimes.md and runtimes.svg/.png.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def main() -> None:
     quiet_libraries()
     quiet_transformers()
     try:
-        report = Benchmark(arguments, chosen(arguments.contenders), own_version()).run()
+        benchmark = Benchmark(arguments, chosen(arguments.contenders), own_version())
+        report = benchmark.run()
         arguments.output.mkdir(parents=True, exist_ok=True)
         write_report(arguments.output, report)
+        benchmark.finish()
     except BoaEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -56,7 +59,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=2048, help="of the text, for the KL; 0: none is measured")
     parser.add_argument("--length", type=_count, default=512, help="of a sequence of it")
-    parser.add_argument("--again", action="store_true", help="take all times anew, whatever is kept")
+    parser.add_argument("--again", action="store_true", help="take all times anew, those of a stopped run too")
     cache = Path(os.environ.get("BOA_EDGE_CACHE") or _ROOT / ".cache").expanduser().absolute()
     parser.add_argument(
         "--work", type=Path, default=cache / "bench-runtimes", help="where programs and figures are kept"

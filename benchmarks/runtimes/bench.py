@@ -50,6 +50,7 @@ class Benchmark:
         self.failures: dict[str, str] = {}
         self.notes: dict[str, list[str]] = {}
         self.loads: list[float] = []  # averages over a minute, at the start of each run
+        self._times: list[Path] = []
 
     def run(self) -> Report:
         """Make, measure and put together. A contender that fails is listed with the reason."""
@@ -77,6 +78,11 @@ class Benchmark:
         rows = rows_of([one for one in self.contenders if one.label in done], done, sizes, kls)
         return Report(rows, self._protocol(), dict(self.failures), self.notes)
 
+    def finish(self) -> None:
+        """The report is written: the next run takes all times anew, since a machine is slower at another hour."""
+        for place in self._times:
+            place.unlink(missing_ok=True)
+
     def _by_label(self, label: str) -> Contender:
         return next(one for one in self.contenders if one.label == label)
 
@@ -95,6 +101,7 @@ class Benchmark:
         request = {"prompt": self.prompt, "new_tokens": given.new_tokens, "threads": given.threads}
         decides = {**self._identity(contender, program), **request, "repeats": given.repeats, "round": turn}
         place = self.work / "speeds" / f"{digest(decides)}.json"
+        self._times.append(place)
         if place.exists() and not given.again:
             kept = read_json(place, "a kept figure")
             self.notes[contender.label] = kept["notes"]
