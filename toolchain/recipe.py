@@ -224,8 +224,8 @@ class Recipe(_Frozen):
         return "-".join([f"w{bits}{group}{asym}{a8}{kv8}", self.method, *self.transforms])
 
     def with_method(self, method: str) -> Recipe:
-        """The same formats by another method, with that method's own grid search where none was chosen."""
-        return self.model_validate({**self.model_dump(), "method": method})
+        """The same formats by another method, with its own options and, where none was chosen, its own grid search."""
+        return self.model_validate({**self.model_dump(), "method": method, "solver": None})
 
     def effective(self) -> dict[str, Any]:
         """Its fields, JSON-ready, with what is in force in the place of what was left to the method."""

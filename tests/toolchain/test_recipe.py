@@ -48,11 +48,10 @@ def test_the_effective_recipe_leaves_nothing_to_the_method(method: str, solver: 
     assert (again, again.effective()) == (recipe, recipe.effective())
     for other in METHODS:
         assert again.with_method(other) == recipe.with_method(other)
-        if solver is None:
-            assert (again.with_method(other).options, again.with_method(other).search) == (
-                METHODS[other].options,
-                METHODS[other].default_search,
-            )
+        assert (again.with_method(other).options, again.with_method(other).search) == (
+            METHODS[other].options,
+            METHODS[other].default_search,
+        )
 
 
 @pytest.mark.parametrize(
