@@ -13,11 +13,11 @@ from toolchain import distributed
 from toolchain.families import DecoderSpec
 from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid
 from toolchain.options import Options
-from toolchain.quantized import QuantizedWeight
+from toolchain.quantized import QuantizedWeight, stack_rows
 from toolchain.solvers import boa, gptq, rtn
 from toolchain.solvers.adaround import compensated, learn_rounding
 from toolchain.solvers.linear_algebra import InverseFactor, inverse_factor
-from toolchain.solvers.refine import descend, losses, refit_scales
+from toolchain.solvers.refine import descend, losses, refit_scales, weigh
 from toolchain.statistics.block import BlockStatistics
 from toolchain.statistics.rope import position_mean
 
@@ -118,9 +118,10 @@ def solve_stage(
                 distance = losses(solution.grid.values(solution.codes) - stack, column_hessian, row_hessian)
                 solution = replace(solution, loss=float(distance.sum(dtype=torch.float64)))
         quantized = solution.grid.quantized(solution.codes)
-        size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
         change = (quantized.dequantize() - weight)[None]
-        output_size = float(losses(weight[None], inputs, None).sum(dtype=torch.float64))
+        output_size = size = float(losses(weight[None], inputs, None).sum(dtype=torch.float64))
+        if role in columns or row_hessian is not None:
+            size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
         output_error = float(losses(change, inputs, None).sum(dtype=torch.float64))
         solved[role] = SolvedLayer(
             weight=quantized,
@@ -140,16 +141,11 @@ def solve_matrix(
     """Codes of a matrix [out, in] of any height, whose rows have nothing in common but the column Hessian [in, in]."""
     hessian = columns.unsqueeze(0)
     factors = _Factors(settings.damping, options.activation_order)
-    parts = [
+    solutions = (
         _solve_together(rows.unsqueeze(0), hessian, None, settings, options, factors, turn)
         for turn, rows in enumerate(weight.split(rows_at_a_time))
-    ]
-    grid = Grid(
-        torch.cat([part.grid.scales for part in parts], 1),
-        torch.cat([part.grid.zeros for part in parts], 1),
-        settings.format,
     )
-    return grid.quantized(torch.cat([part.codes for part in parts], 1))
+    return stack_rows([part.grid.quantized(part.codes) for part in solutions])
 
 
 def _safer(
@@ -290,8 +286,8 @@ def _solve(
             codes = row_factor.put_back(boa.solve(ordered_target, column_factor.upper, row_factor.upper, grid), 1)
         return column_factor.put_back(codes, 2)
 
-    def loss(codes: Tensor, grid: Grid) -> Tensor:
-        return losses(grid.values(codes) - target, columns, rows)
+    def weighed(codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        return weigh(grid.values(codes) - target, columns, rows)
 
     def regrid(part: Tensor) -> Grid:
         return find_grid(part, settings.format, settings.search, columns)
@@ -301,23 +297,24 @@ def _solve(
     else:
         grid = regrid(target)
         codes = solve(grid)
-    best = loss(codes, grid)
+    best, gradient = weighed(codes, grid)
     for _ in range(options.refits):
         other = refit_scales(target, codes, grid, columns, rows)
         other_codes = solve(other)
-        other_loss = loss(other_codes, other)
+        other_loss, other_gradient = weighed(other_codes, other)
         better = (other_loss < best)[..., None]
         best = torch.minimum(best, other_loss)
         codes = torch.where(better, other_codes, codes)
+        gradient = torch.where(better, other_gradient, gradient)
         grid = Grid(
             torch.where(better, other.scales, grid.scales), torch.where(better, other.zeros, grid.zeros), grid.format
         )
     if options.rounding_iterations:
         start = compensated(target, codes, grid, column_factor, row_factor)
         codes = learn_rounding(target, codes, start, grid, columns, rows, options.rounding_iterations)
-        best = loss(codes, grid)
+        best, gradient = weighed(codes, grid)
     if options.sweeps:
-        codes = descend(target, codes, grid, columns, rows, options.sweeps)
-        best = loss(codes, grid)
+        codes, gradient = descend(gradient, codes, grid, columns, rows, options.sweeps)
+        best = (gradient * (grid.values(codes) - target)).sum(dtype=torch.float64)
     damping = column_factor.damping if row_factor is None else max(column_factor.damping, row_factor.damping)
     return _Solution(codes, grid, float(best.sum(dtype=torch.float64)), damping)

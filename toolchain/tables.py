@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from boa_edge.progress import track
-from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid
+from toolchain.grids import GridFormat, ScaleSearch, find_grid
 from toolchain.loading.source import SourceModel
-from toolchain.quantized import QuantizedWeight
+from toolchain.quantized import QuantizedWeight, stack_rows
 from toolchain.recipe import Recipe
 from toolchain.solve import Settings, solve_matrix
 from toolchain.solvers import rtn
@@ -109,10 +109,8 @@ def _quantize(
 
 
 def _round(table: Tensor, fmt: GridFormat, search: ScaleSearch) -> QuantizedWeight:
-    scales, zeros, codes = [], [], []
+    parts = []
     for rows in table.split(_ROWS):
         grid = find_grid(rows.unsqueeze(0), fmt, search)
-        scales.append(grid.scales)
-        zeros.append(grid.zeros)
-        codes.append(rtn.solve(rows.unsqueeze(0), grid))
-    return Grid(torch.cat(scales, 1), torch.cat(zeros, 1), fmt).quantized(torch.cat(codes, 1))
+        parts.append(grid.quantized(rtn.solve(rows.unsqueeze(0), grid)))
+    return stack_rows(parts)

@@ -9,9 +9,9 @@ from torch import Tensor
 from tests.toolchain.test_solvers import problem, spd
 from toolchain.grids import Grid, GridFormat, find_grid
 from toolchain.quantized import code_range
-from toolchain.solvers import boa, gptq, rtn
+from toolchain.solvers import boa, gptq, refine, rtn
 from toolchain.solvers.linear_algebra import inverse_factor
-from toolchain.solvers.refine import descend, losses, refit_scales
+from toolchain.solvers.refine import descend, losses, refit_scales, weigh
 
 FORMATS = [GridFormat(3, None, True, False), GridFormat(2, None, False, False), GridFormat(3, 4, False, False)]
 
@@ -19,6 +19,13 @@ FORMATS = [GridFormat(3, None, True, False), GridFormat(2, None, False, False), 
 def loss_of(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None) -> Tensor:
     scales, zeros = grid.expand(target.shape[-1])
     return losses((codes - zeros) * scales - target, columns, rows)
+
+
+def descended(target: Tensor, start: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None, sweeps: int) -> Tensor:
+    """Codes from descent, whose gradient is that of the codes it ends with."""
+    codes, gradient = descend(weigh(grid.values(start) - target, columns, rows)[1], start, grid, columns, rows, sweeps)
+    assert torch.allclose(gradient, weigh(grid.values(codes) - target, columns, rows)[1])
+    return codes
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -56,13 +63,23 @@ def test_refitted_scales_are_a_stationary_point(fmt: GridFormat, two_sided: bool
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+def test_refitted_scales_are_the_same_a_few_rows_at_a_time(fmt: GridFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, h_col, _ = problem(1, 2, 7, 8)
+    grid = find_grid(target, fmt, "minmax")
+    codes = rtn.solve(target, grid)
+    whole = refit_scales(target, codes, grid, h_col, None).scales
+    monkeypatch.setattr(refine, "_NORMALS", 2 * 3 * whole.shape[-1] ** 2)
+    assert torch.allclose(refit_scales(target, codes, grid, h_col, None).scales, whole)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_descent_lowers_the_loss_to_where_no_single_code_can(fmt: GridFormat, two_sided: bool) -> None:
     target, h_col, h_row = problem(2, 2, 4, 8)
     rows = h_row if two_sided else None
     grid = find_grid(target, fmt, "minmax")
     start = rtn.solve(target, grid)
-    codes = descend(target, start, grid, h_col, rows, 50)
+    codes = descended(target, start, grid, h_col, rows, 50)
     low, high = code_range(fmt.bits)
     assert codes.min() >= low
     assert codes.max() <= high
@@ -78,9 +95,9 @@ def test_descent_lowers_the_loss_to_where_no_single_code_can(fmt: GridFormat, tw
 def test_descent_leaves_the_minimum_alone_and_its_input_too() -> None:
     target, h_col, h_row = problem(3, 2, 4, 8)
     grid = find_grid(target, FORMATS[0], "minmax")
-    once = descend(target, rtn.solve(target, grid), grid, h_col, h_row, 50)
+    once = descended(target, rtn.solve(target, grid), grid, h_col, h_row, 50)
     kept = once.clone()
-    assert torch.equal(descend(target, once, grid, h_col, h_row, 5), kept)
+    assert torch.equal(descended(target, once, grid, h_col, h_row, 5), kept)
     assert torch.equal(once, kept)
 
 
@@ -92,7 +109,7 @@ def test_descent_leaves_the_codes_of_inputs_that_were_never_used(two_sided: bool
     rows = h_row if two_sided else None
     grid = find_grid(target, FORMATS[0], "minmax")
     start = rtn.solve(target, grid)
-    codes = descend(target, start, grid, h_col, rows, 10)
+    codes = descended(target, start, grid, h_col, rows, 10)
     assert torch.equal(codes[:, :, 5], start[:, :, 5])
     assert not torch.equal(codes, start)
 

@@ -15,6 +15,16 @@ from toolchain.quantized import code_range
 from toolchain.solvers import kernels
 
 _RIDGE = 1e-3  # relative; holds scales that the loss hardly sees where they are
+_NORMALS = 1 << 24  # entries of normal matrices at a time
+
+
+def weigh(change: Tensor, columns: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`losses`, and half their gradient H_row D H_col [n, rows, columns]."""
+    gradient = change @ columns
+    if rows is None:
+        return (gradient * change).sum(-1), gradient
+    gradient = rows @ gradient
+    return (gradient * change).sum((-2, -1))[:, None], gradient
 
 
 def losses(change: Tensor, columns: Tensor, rows: Tensor | None) -> Tensor:
@@ -25,10 +35,7 @@ def losses(change: Tensor, columns: Tensor, rows: Tensor | None) -> Tensor:
         columns: [1 or n, columns, columns].
         rows: [n, rows, rows] or None.
     """
-    weighted = change @ columns
-    if rows is None:
-        return (weighted * change).sum(-1)
-    return ((rows @ weighted) * change).sum((-2, -1))[:, None]
+    return weigh(change, columns, rows)[0]
 
 
 def refit_scales(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None) -> Grid:
@@ -43,24 +50,30 @@ def refit_scales(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, row
     levels = codes - grid.zeros.repeat_interleave(size, -1)
     if rows is not None and groups == 1:
         scales = _refit_heads(target, levels, grid.scales, columns, rows)
+    elif rows is None:
+        count = max(1, _NORMALS // (codes.shape[0] * groups**2))
+        parts = zip(target.split(count, 1), levels.split(count, 1), grid.scales.split(count, 1), strict=True)
+        scales = torch.cat([_refit_rows(*part, columns) for part in parts], 1)
     else:
         normals = _normals(levels, columns, groups)
-        if rows is None:
-            scales = _solve_normals(normals, _moments(target @ columns, levels, groups), grid.scales)
-        else:
-            # Rows interact through H_row: one Gauss-Seidel sweep over them.
-            scales = grid.scales.clone()
-            left = target - levels * scales.repeat_interleave(size, -1)
-            for i in range(codes.shape[1]):
-                own = slice(i, i + 1)
-                pull = (rows[:, own] @ left) / rows[:, own, own]
-                wanted = (target[:, own] - left[:, own] + pull) @ columns
-                scales[:, own] = _solve_normals(
-                    normals[:, own], _moments(wanted, levels[:, own], groups), scales[:, own]
-                )
-                left[:, own] = target[:, own] - levels[:, own] * scales[:, own].repeat_interleave(size, -1)
+        # Rows interact through H_row: one Gauss-Seidel sweep over them.
+        scales = grid.scales.clone()
+        left = target - levels * scales.repeat_interleave(size, -1)
+        for i in range(codes.shape[1]):
+            own = slice(i, i + 1)
+            pull = (rows[:, own] @ left) / rows[:, own, own]
+            wanted = (target[:, own] - left[:, own] + pull) @ columns
+            scales[:, own] = _solve_normals(normals[:, own], _moments(wanted, levels[:, own], groups), scales[:, own])
+            left[:, own] = target[:, own] - levels[:, own] * scales[:, own].repeat_interleave(size, -1)
     good = torch.isfinite(scales) & (scales > 0.2 * grid.scales) & (scales < 5 * grid.scales)
     return Grid(round_scale(torch.where(good, scales, grid.scales), grid.format), grid.zeros, grid.format)
+
+
+def _refit_rows(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
+    """The best scales of rows that nothing joins, [n, rows, groups]."""
+    groups = scales.shape[-1]
+    moments = _moments(target @ columns, levels, groups)
+    return _solve_normals(_normals(levels, columns, groups), moments, scales)
 
 
 def _moments(weighted: Tensor, levels: Tensor, groups: int) -> Tensor:
@@ -88,7 +101,7 @@ def _solve_normals(normals: Tensor, moments: Tensor, scales: Tensor) -> Tensor:
     wide = normals.to(torch.float64)
     ridge = _RIDGE * wide.diagonal(dim1=-2, dim2=-1)
     right = moments.to(torch.float64) + ridge * scales.to(torch.float64)
-    wide = wide + torch.diag_embed(ridge + 1e-30)
+    wide.diagonal(dim1=-2, dim2=-1).add_(ridge + 1e-30)
     return torch.linalg.solve(wide, right.unsqueeze(-1)).squeeze(-1).to(scales.dtype)
 
 
@@ -100,22 +113,22 @@ def _refit_heads(target: Tensor, levels: Tensor, scales: Tensor, columns: Tensor
     return _solve_normals(normals, moments, scales[..., 0]).unsqueeze(-1)
 
 
-def descend(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None, sweeps: int) -> Tensor:
+def descend(
+    gradient: Tensor, codes: Tensor, grid: Grid, columns: Tensor, rows: Tensor | None, sweeps: int
+) -> tuple[Tensor, Tensor]:
     """Coordinate descent on the codes, at most `sweeps` times through all of them; every step lowers the loss.
 
     Args:
-        target, codes: [n, rows, columns].
-    Returns: codes of a loss that is not higher.
+        gradient: what `weigh` says of `codes`, [n, rows, columns].
+        codes: [n, rows, columns].
+    Returns: codes of a loss that is not higher, and their gradient.
     """
     n, _, width = codes.shape
     low, high = code_range(grid.format.bits)
-    scales, zeros = grid.expand(width)
-    gradient = ((codes - zeros) * scales - target) @ columns
-    if rows is not None:
-        gradient = rows @ gradient
-    result = codes.clone().cpu()
+    scales, _ = grid.expand(width)
+    result, slopes = (tensor.clone(memory_format=torch.contiguous_format).cpu() for tensor in (codes, gradient))
     hessians = [columns.expand(n, width, width)] + ([] if rows is None else [rows])
-    arrays = [tensor.contiguous().cpu().numpy() for tensor in (gradient, *hessians, scales)]
+    arrays = [tensor.contiguous().cpu().numpy() for tensor in (*hessians, scales)]
     kernel = kernels.descend_rows if rows is None else kernels.descend_heads
-    kernel(*arrays, low, high, result.numpy(), sweeps)
-    return result.to(codes.device)
+    kernel(slopes.numpy(), *arrays, low, high, result.numpy(), sweeps)
+    return result.to(codes.device), slopes.to(codes.device)
