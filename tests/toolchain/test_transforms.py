@@ -36,6 +36,7 @@ from toolchain.transforms import (
     Smooth,
     Transform,
     apply,
+    base,
     from_record,
     install_runtime,
     online_products,
@@ -201,6 +202,20 @@ def test_an_untied_head_is_said_to_be_one(source: Callable[[str], SourceModel], 
         assert (table is head) == tied
         assert (table is before.model.get_parameter(f"{before.spec.embedding}.weight")) == tied
     assert before.model.config.tie_word_embeddings  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("parts", [(RotateResidual(1, "untied"), RotateTable(1)), (RotateTable(1),)])
+def test_tables_are_the_same_a_few_tokens_at_a_time(
+    source: Callable[[str], SourceModel], parts: tuple[Transform, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = source("opt")  # which has positions and biases too
+    whole, _ = apply(before, parts)
+    monkeypatch.setattr(base, "_TOKENS", 100)
+    few, _ = apply(before, parts)
+    assert whole.model.state_dict().keys() == few.model.state_dict().keys()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.allclose(few.model.state_dict()[name], tensor, rtol=0, atol=1e-12), name
+    assert_same_function(before.model, few.model)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(NORMED_SUBLAYERS)))

@@ -18,6 +18,7 @@ from toolchain.transforms.fields import Fields
 from toolchain.transforms.product import OnlineProduct
 
 Parameters = Mapping[str, Tensor]
+_TOKENS = 16384  # rows of a table at a time
 
 
 class Transform:
@@ -44,7 +45,9 @@ class Transform:
         return dict(parameters)
 
     def tables(self, spec: DecoderSpec, parameters: Parameters) -> dict[str, Tensor]:
-        """The same of what stands around the blocks: embedding, positions, last norm and head."""
+        """The same of what stands around the blocks: embedding, positions, last norm and head. Called with some tokens'
+        rows of embedding and head at a time, which must be changed alike.
+        """
         return dict(parameters)
 
     def spec_after(self, spec: DecoderSpec) -> DecoderSpec:
@@ -77,8 +80,31 @@ def transform_block(
 
 
 def transform_tables(spec: DecoderSpec, transforms: Sequence[Transform], parameters: Parameters) -> dict[str, Tensor]:
-    """The same of what stands around the blocks."""
-    return _in_float64(spec, parameters, transforms, lambda transform, own, held: transform.tables(own, held))
+    """The same of what stands around the blocks; of tables as many tokens at a time as memory is worth."""
+    changing = [transform for transform in transforms if type(transform).tables is not Transform.tables]
+    if not changing:
+        return dict(parameters)
+    after = spec
+    for transform in transforms:
+        after = transform.spec_after(after)
+    head, embedding = f"{spec.head}.weight", f"{spec.embedding}.weight"
+    stays_tied = spec.tied_embeddings and after.tied_embeddings
+    own = {name: tensor for name, tensor in parameters.items() if not (stays_tied and name == head)}
+    tokens = own[embedding].shape[0]
+    tables = [name for name in (embedding, head) if name in own]
+    result: dict[str, Tensor] = {}
+    for start in range(0, tokens, _TOKENS):
+        held = dict(own) | {name: own[name][start : start + _TOKENS] for name in tables}
+        part = _in_float64(spec, held, transforms, lambda transform, own_spec, some: transform.tables(own_spec, some))
+        for name in tables:
+            if part[name] is held[name]:
+                part[name] = own[name]
+                continue
+            whole = result[name] if name in result else torch.empty_like(own[name])
+            whole[start : start + _TOKENS] = part[name]
+            part[name] = whole
+        result = part
+    return result | ({head: result[embedding]} if stays_tied and head in parameters else {})
 
 
 def _in_float64(
