@@ -352,7 +352,7 @@ def _fail(message: str, code: int) -> None:
     if _state["debug"]:
         traceback.print_exc()
     if launched_rank() is None or _is_first_to_fail():
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # in one write, as `say`
     sys.exit(code)
 
 

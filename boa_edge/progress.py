@@ -20,7 +20,7 @@ _PLAIN_SECONDS = 10.0
 def say(message: str) -> None:
     """One plain line on stderr."""
     if not is_silent():
-        print(message, file=sys.stderr, flush=True)
+        print(f"{message}\n", end="", file=sys.stderr, flush=True)  # in one write: processes may share the stream
 
 
 def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
