@@ -54,6 +54,7 @@ ROWS = (*VARIANTS, GUARDED)
 _BUDGET, _GUARD_SEQUENCES = 0.1, 8
 CHANNELS, FACTOR = 6, 256.0
 _WEIGHTS = {"bits": 4, "group_size": 32}
+_WIDE = 10  # times the smallest KL: from there on the chart is logarithmic
 
 
 def main() -> None:
@@ -233,13 +234,17 @@ def draw(output: Path, rows: list[dict[str, Any]]) -> None:
         axis.axvline(own[0]["kl"], color="#444444", lw=1, ls="--")
         for place, row in enumerate(bars):
             axis.annotate(
-                f"{row['kl']:.3g}", (row["kl"], place), (4, 0), textcoords="offset points", va="center", fontsize=8
+                f"{row['kl']:.3f}", (row["kl"], place), (4, 0), textcoords="offset points", va="center", fontsize=8
             )
         axis.set_yticks(range(len(bars)), [f"{SCHEMES[row['scheme']]}: {row['variant']}" for row in bars], fontsize=8.5)
         axis.invert_yaxis()
-        axis.set_xlim(0, 1.2 * max(row["kl"] for row in own))
-        axis.set_title(f"the model {name} (dashed: weights alone, {own[0]['kl']:.3g})", loc="left", fontsize=10)
-        axis.set_xlabel("KL from the original, nats per token", fontsize=9)
+        low, high = (limit(row["kl"] for row in own) for limit in (min, max))
+        wide = high > _WIDE * low
+        if wide:
+            axis.set_xscale("log")
+        axis.set_xlim(low / 2 if wide else 0, (2.5 if wide else 1.2) * high)
+        axis.set_title(f"{name} (dashed: weights alone, {own[0]['kl']:.3f})", loc="left", fontsize=9)
+        axis.set_xlabel(f"KL from the original, nats per token{', log scale' if wide else ''}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     save(figure, output, "w4a8")
 
