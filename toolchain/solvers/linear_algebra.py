@@ -110,11 +110,11 @@ def _from_the_end(hessian: Tensor, damping: float, ordered: bool) -> tuple[Tenso
     left = failed.nonzero()[:, 0]  # matrices that no step has mended yet
     for step in _STEPS:
         if left.numel() == 0:
-            return lower, used, order
+            break
         used = damping * step
         diagonal[left] = own[left] + used * mean[left]
         lower[left], failed = torch.linalg.cholesky_ex(H[left])
         left = left[failed > 0]
-    if left.numel() == 0:
-        return lower, used, order
-    raise ArithmeticError(f"a Hessian is not positive definite even with damping {used}")
+    if left.numel():
+        raise ArithmeticError(f"a Hessian is not positive definite even with damping {used}")
+    return lower, used, order

@@ -81,8 +81,7 @@ def transform_block(
 
 def transform_tables(spec: DecoderSpec, transforms: Sequence[Transform], parameters: Parameters) -> dict[str, Tensor]:
     """The same of what stands around the blocks; of tables as many tokens at a time as memory is worth."""
-    changing = [transform for transform in transforms if type(transform).tables is not Transform.tables]
-    if not changing:
+    if all(type(transform).tables is Transform.tables for transform in transforms):
         return dict(parameters)
     after = spec
     for transform in transforms:
@@ -94,7 +93,7 @@ def transform_tables(spec: DecoderSpec, transforms: Sequence[Transform], paramet
     tables = [name for name in (embedding, head) if name in own]
     result: dict[str, Tensor] = {}
     for start in range(0, tokens, _TOKENS):
-        held = dict(own) | {name: own[name][start : start + _TOKENS] for name in tables}
+        held = own | {name: own[name][start : start + _TOKENS] for name in tables}
         part = _in_float64(spec, held, transforms, lambda transform, own_spec, some: transform.tables(own_spec, some))
         for name in tables:
             if part[name] is held[name]:
