@@ -51,6 +51,7 @@ from toolchain.activations.plan import ActivationPlan
 from toolchain.checkpoint import ACTIVATIONS
 from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_all
+from toolchain.products import fast_products
 from toolchain.recipe import load_recipe
 from toolchain.text import read_text, sequences, tokenize
 
@@ -179,6 +180,7 @@ class Benchmark:
         self.own_version = own_version()
         self.own_source = own_source()
 
+    @fast_products()
     def run(self, write: Callable[[Path, list[Outcome], Protocol], None]) -> list[Outcome]:
         """Quantize, evaluate and write, setting by setting and seed by seed."""
         outcomes: list[Outcome] = []

@@ -136,12 +136,17 @@ def write_checkpoint(directory: Path, layers: int) -> DecoderSpec:
     return spec
 
 
-def measured(command: list[str]) -> dict[str, float]:
-    """Run a program; seconds and peaks in MB: `own` (anonymous pages) and `touched` (resident in all)."""
+def measured(command: list[str], *, say: bool = False) -> dict[str, float]:
+    """Run a program; seconds and peaks in MB: `own` (anonymous pages) and `touched` (resident in all).
+
+    Args:
+        say: let what it says on stderr through; otherwise it is shown only where the program fails.
+    """
     start = time.monotonic()
     peaks = {"own": 0, "touched": 0}
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said)
+        stderr = None if say else said
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
         while process.poll() is None:
             for key, value in _resident(process.pid).items():
                 peaks[key] = max(peaks[key], value)

@@ -36,6 +36,7 @@ from toolchain.guard import guard
 from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_logits
 from toolchain.prepare import prepare
+from toolchain.products import fast_products
 from toolchain.recipe import Recipe, parse_recipe
 from toolchain.run import quantize_model
 from toolchain.text import read_text, sequences, tokenize
@@ -57,6 +58,7 @@ _WEIGHTS = {"bits": 4, "group_size": 32}
 _WIDE = 10  # times the smallest KL: from there on the chart is logarithmic
 
 
+@fast_products()
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

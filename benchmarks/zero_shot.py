@@ -34,6 +34,7 @@ from toolchain.calibration.pool import Writer, asked, find_conventions, self_tex
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_logits
+from toolchain.products import fast_products
 from toolchain.recipe import CalibrationSize, Recipe, load_recipe
 from toolchain.run import quantize_model
 from toolchain.text import read_text, sequences, spread, tokenize
@@ -156,6 +157,7 @@ def _score(
     return found
 
 
+@fast_products()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")

@@ -19,6 +19,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source, load_tokenizer
 from toolchain.metrics import Logits, evaluate_logits
+from toolchain.products import fast_products
 from toolchain.text import read_text, sequences, tokenize
 from toolchain.transforms import install_runtime
 
@@ -53,6 +54,7 @@ class _Subject:
     tokenizer: Any
 
 
+@fast_products()
 def evaluate(
     subject: str, text: Path, *, reference: str | None = None, tokens: int = 24576, sequence_length: int = _CONTEXT
 ) -> EvaluateResult:

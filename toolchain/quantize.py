@@ -31,6 +31,7 @@ from toolchain.methods import METHODS
 from toolchain.metrics import Fidelity, evaluate_logits
 from toolchain.outliers import as_documents
 from toolchain.prepare import Prepared, prepare
+from toolchain.products import fast_products
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from toolchain.resume import ResumeFile
 from toolchain.run import QuantizedModel, quantize_model
@@ -89,6 +90,7 @@ class QuantizeResult:
 
 
 @distributed.joined()
+@fast_products()
 def quantize(
     model: str,
     output: Path,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from auto_round import AutoRound
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.peers.harness import Job, Made, linears_of, load_model, main
+from benchmarks.peers.harness import GridError, Job, Made, linears_of, load_model, main
 
 DEFAULT_ITERATIONS = 200
 # Its documentation asks for this rate at this number of steps, and for none otherwise.
 _FAST_ITERATIONS, _FAST_RATE = 50, 5e-3
+_ROUNDED = 2.0**-8  # what bfloat16 rounds away of a number, at most
 
 
 def make(job: Job) -> Made:
@@ -36,8 +41,22 @@ def make(job: Job) -> Made:
     )
     with made.timed():
         model, _ = tuner.quantize()
-    made.weights = {name: linear.weight for name, linear in linears_of(model).items()}
+    made.weights = {name: on_grid(linear) for name, linear in linears_of(model).items()}
     return made
+
+
+def on_grid(linear: Any) -> Tensor:
+    """The weight that the codes stand for, float32 [out, in]: the tool leaves it in bfloat16 where the processor has
+    that type, which is next to the grid.
+    """
+    weight = linear.weight.detach().to(torch.float32)
+    scales = linear.scale.detach().to(torch.float32).reshape(weight.shape[0], -1)
+    steps = scales.repeat_interleave(weight.shape[1] // scales.shape[1], 1)
+    levels = (weight / steps).round()
+    off = float((weight - levels * steps).abs().max() / weight.abs().max())
+    if off > _ROUNDED:
+        raise GridError(f"a weight lies {off:.2g} of the largest beside the grid of its scales")
+    return levels * steps
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What every peer's script shares: its command line, the check of what it made, and the two files it writes.
 
-Runs in the peer's own environment: nothing of this project but this package, no library but torch, safetensors and
-transformers.
+Runs in the peer's own environment: nothing of this project but this package and the way that float32 products take,
+the same for every method; no library but torch, safetensors and transformers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from toolchain.products import fast_products
 
 WEIGHTS_FILE, SUMMARY_FILE = "weights.safetensors", "summary.json"
 BLOCKS = "model.layers."
@@ -110,7 +112,8 @@ def main(
         out=given.out,
     )
     job.out.mkdir(parents=True, exist_ok=True)
-    made = make(job)
+    with fast_products():
+        made = make(job)
     versions = {name: metadata.version(name) for name in (package, "torch", "transformers")}
     write(job, made, versions)
 
