@@ -16,7 +16,7 @@ DEVICE ?= arm64
 MODEL ?= default
 RUNTIME ?= onnx
 # The shell reads these from its environment, so that any character may stand in a path.
-export DEVICE MODEL RECIPE RUNTIME CONTEXT OUT CALIBRATION TEXT PYTEST_ARGS BENCH_ARGS
+export DEVICE MODEL RECIPE RUNTIME CONTEXT OUT CALIBRATION ACCELERATOR TEXT PYTEST_ARGS BENCH_ARGS
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -25,9 +25,9 @@ setup: ## .venv, system packages, the ARM64 libraries and the runners; a second 
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" scripts/setup.py
 
-export: setup ## quantize, lower, run on DEVICE (default arm64) and report; MODEL, RECIPE, RUNTIME (onnx, executorch, all), OUT, CALIBRATION
+export: setup ## quantize, lower, run on DEVICE (default arm64) and report; MODEL, RECIPE, RUNTIME (onnx, executorch, all), OUT, CALIBRATION, ACCELERATOR
 	@$(BIN)/boa-edge run --model "$$MODEL" --device "$$DEVICE" --runtime "$$RUNTIME" \
-		$${RECIPE:+--recipe "$$RECIPE"} $${CONTEXT:+--context "$$CONTEXT"} $${OUT:+--out "$$OUT"} $${CALIBRATION:+--calibration "$$CALIBRATION"}
+		$${RECIPE:+--recipe "$$RECIPE"} $${CONTEXT:+--context "$$CONTEXT"} $${OUT:+--out "$$OUT"} $${CALIBRATION:+--calibration "$$CALIBRATION"} $${ACCELERATOR:+--accelerator "$$ACCELERATOR"}
 
 test: ## everything the tests need, then all tests (PYTEST_ARGS adds to them)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later on PATH; install one or pass PYTHON=..." >&2; exit 1; }

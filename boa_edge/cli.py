@@ -52,6 +52,10 @@ StreamOption = Annotated[
 SpillOption = Annotated[
     Path | None, typer.Option("--spill", help="A directory for activations; without it they stay in memory.")
 ]
+AcceleratorOption = Annotated[
+    str | None,
+    typer.Option("--accelerator", help="Where blocks are worked on: cpu (default), cuda, cuda:1, xpu."),
+]
 RuntimeOption = Annotated[str, typer.Option("--runtime", help="The runtime to lower to: onnx or executorch.")]
 Activations = Literal["int8", "float32"]
 ActivationsOption = Annotated[
@@ -91,6 +95,7 @@ def quantize(
     overwrite: OverwriteOption = False,
     stream: StreamOption = None,
     spill: SpillOption = None,
+    accelerator: AcceleratorOption = None,
 ) -> None:
     """Model in, quantized checkpoint out."""
     from toolchain.quantize import quantize as stage
@@ -105,6 +110,7 @@ def quantize(
         overwrite=overwrite,
         stream=stream,
         spill=spill,
+        accelerator=accelerator,
     )
     _finish(result.as_dict())
 
@@ -279,6 +285,7 @@ def run(
     form: FormOption = None,
     context: ContextOption = None,
     prefill: PrefillOption = None,
+    accelerator: AcceleratorOption = None,
 ) -> None:
     """All stages: OUTPUT/checkpoint, OUTPUT/bundle, OUTPUT/report. Finished stages of the same request are kept."""
     from boa_edge.pipeline import default_recipe, run_all
@@ -298,6 +305,7 @@ def run(
             form=form,
             context_length=context,
             prefill_length=prefill,
+            accelerator=accelerator,
         )
     )
 

@@ -17,6 +17,7 @@ from devices import open_device
 from exporters import EXPORTERS, export, no_lengths
 from exporters.base import Activations, Request
 from runtime_tests import Wishes, measure_together, print_summary
+from toolchain.accelerator import find_accelerator
 from toolchain.loading import describe_source
 from toolchain.quantize import quantize
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
@@ -40,6 +41,7 @@ def run_all(
     form: str | None = None,
     context_length: int | None = None,
     prefill_length: int | None = None,
+    accelerator: str | None = None,
 ) -> dict[str, Any]:
     """quantize, export and measure. Raises what they raise; what can be known to fail is checked before any work.
 
@@ -51,6 +53,7 @@ def run_all(
     if not any(EXPORTERS[name].lengths for name, _ in runtimes.values()) and any(lengths.values()):
         raise no_lengths(runtime)
     _foresee(chosen, model, runtimes, activations, lengths)
+    find_accelerator(accelerator)
     status = open_device(device).status()
     if not status.usable:  # it may be plugged in by then, and finished stages are kept
         say(f"note: device {device} cannot be used now, and measuring will need it: {'; '.join(status.missing)}")
@@ -61,6 +64,7 @@ def run_all(
         "recipe": chosen.effective(),
         "calibration": _identity(calibration or "self"),
         "compare": compare,
+        "accelerator": accelerator or "cpu",
         "version": __version__,
     }
     checkpoint, report = output / "checkpoint", output / "report"
@@ -69,7 +73,13 @@ def run_all(
         checkpoint,
         quantizing,
         lambda: quantize(
-            model, checkpoint, recipe=chosen, calibration=calibration, compare=compare, overwrite=True
+            model,
+            checkpoint,
+            recipe=chosen,
+            calibration=calibration,
+            compare=compare,
+            overwrite=True,
+            accelerator=accelerator,
         ).as_dict(),
     )
     bundles = [output / name for name in runtimes]

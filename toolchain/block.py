@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from toolchain.accelerator import at
 from toolchain.activations.plan import ActivationPlan
 from toolchain.families import Part
 from toolchain.spill import Spill
@@ -66,6 +67,9 @@ class BlockRunner:
         head_norms: by role, the norms on each head of q and k, where there are any.
         activations: how the inputs of the projections are quantized in passes with the settled weights.
         kept: what becomes of keys and values in those passes; None: nothing.
+
+    Attributes:
+        place: the device that the block is on; what it is given comes from anywhere.
     """
 
     def __init__(
@@ -81,10 +85,12 @@ class BlockRunner:
         activations: ActivationPlan | None = None,
         kept: Kept | None = None,
     ) -> None:
-        self._block, self.parts, self.modules, self._arguments = block, parts, modules, arguments
+        self._block, self.parts, self.modules = block, parts, modules
         self.index, self.head_norms = index, head_norms or {}
         self._activations, self._kept = activations, kept
         self._final: dict[str, Tensor] = {}
+        self.place = next(iter(modules.values())).weight.device
+        self._arguments = at(self.place, arguments)
         self._norms = norms or {}
         owners = {role: _owner(block, modules[parts[role].module]) for role in _BEFORE if role in parts}
         self._owners = {role: owner for role, owner in owners.items() if owner is not block}
@@ -112,14 +118,14 @@ class BlockRunner:
         if not final:
             yield
             return
-        originals = {name: self.modules[name].weight.data for name in self._final}
+        originals = {name: self.modules[name].weight for name in self._final}
         try:
             for name, weight in self._final.items():
-                self.modules[name].weight.data = weight
+                self.modules[name].weight = nn.Parameter(weight, requires_grad=False)
             yield
         finally:
-            for name, weight in originals.items():
-                self.modules[name].weight.data = weight
+            for name, original in originals.items():
+                self.modules[name].weight = original
 
     def run(
         self,
@@ -179,11 +185,11 @@ class BlockRunner:
                 if role in outputs or role == stop_after:
                     handles.append(self.modules[part.module].register_forward_hook(after(role)))
             for role in known:  # the others are what this pass is to find out
-                self._skip(stack, role, stream.outputs[role][batch])
+                self._skip(stack, role, stream.outputs[role][batch].to(self.place))
             stack.enter_context(handled_by(handler))
             stack.enter_context(cached_by(self._kept if final else None))
             try:
-                result = self._block(stream.hidden[batch], **self._arguments)
+                result = self._block(stream.hidden[batch].to(self.place), **self._arguments)
                 hidden = result[0] if isinstance(result, tuple) else result
             except Stop:
                 pass
@@ -209,7 +215,7 @@ class BlockRunner:
     def output(self, role: str, x: Tensor) -> Tensor:
         """What a settled projection with a module of its own puts out for an input."""
         module = self.parts[role].module
-        return nn.functional.linear(x, self._final[module], self.modules[module].bias)
+        return nn.functional.linear(x.to(self.place), self._final[module], self.modules[module].bias)
 
 
 def _owner(block: nn.Module, module: nn.Module) -> nn.Module:

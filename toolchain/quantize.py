@@ -19,6 +19,7 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import check_output, output_directory, write_json, write_text
 from boa_edge.progress import say
 from toolchain import distributed
+from toolchain.accelerator import find_accelerator
 from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import check_budget
 from toolchain.calibration import Calibration, kept_text, load_calibration
@@ -35,6 +36,7 @@ from toolchain.products import fast_products
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from toolchain.resume import ResumeFile
 from toolchain.run import QuantizedModel, quantize_model
+from toolchain.spill import Spill
 from toolchain.transforms import online_products, to_record, transforms_of
 
 _PROMPT = "The capital of France is"
@@ -101,6 +103,7 @@ def quantize(
     overwrite: bool = False,
     stream: bool | None = None,
     spill: Path | None = None,
+    accelerator: str | None = None,
 ) -> QuantizeResult:
     """Quantize a model and write the checkpoint; under `torchrun` the ranks share the work and the first one writes.
 
@@ -110,7 +113,9 @@ def quantize(
         calibration: a text file, a data set's name, or `self`; None means `self`.
         compare: other methods to run on the same model and text, for the comparison in the report.
         stream: leave the model's blocks on disk until they are worked on; None: where it is large for this machine.
-        spill: directory for activations, mapped into memory; None keeps them in memory.
+        spill: directory for activations, mapped into memory; None keeps them in memory, the accelerator's where there
+            is one.
+        accelerator: on which device blocks are worked on, by PyTorch's name for it; None: the processor.
 
     Raises:
         UsageError, BoaEdgeError: as the parts say.
@@ -121,6 +126,7 @@ def quantize(
         if method not in METHODS:
             raise UsageError(f"unknown method {method!r}", where="--compare", fix=f"Accepted: {', '.join(METHODS)}")
     check_output(output, overwrite=overwrite)
+    place = find_accelerator(accelerator)
     torch.manual_seed(chosen.seed)
     say(f"loading {model}")
     source = load_source(model, stream)
@@ -131,9 +137,10 @@ def quantize(
     )
     others = [chosen.with_method(method) for method in compare if method != chosen.method]
     prepared = prepare(source, chosen, text.sequences)
-    unfinished = [_resume_file(output, prepared, each, text) for each in (*others, chosen)]
-    rows = [_quantize_and_score(prepared, *each, text, spill).row for each in zip(others, unfinished, strict=False)]
-    own = _quantize_and_score(prepared, chosen, unfinished[-1], text, spill)
+    unfinished = [_resume_file(output, prepared, each, text, place) for each in (*others, chosen)]
+    keep = Spill(spill, place)
+    rows = [_quantize_and_score(prepared, *each, text, keep).row for each in zip(others, unfinished, strict=False)]
+    own = _quantize_and_score(prepared, chosen, unfinished[-1], text, keep)
     rows.append(own.row)
     if distributed.is_main():
         with output_directory(output, overwrite=overwrite) as directory:
@@ -161,7 +168,9 @@ def _check_groups(source: SourceModel, recipe: Recipe) -> None:
                 raise UsageError(problem, where=field, fix=fix)
 
 
-def _resume_file(output: Path, prepared: Prepared, recipe: Recipe, text: Calibration) -> ResumeFile | None:
+def _resume_file(
+    output: Path, prepared: Prepared, recipe: Recipe, text: Calibration, place: torch.device
+) -> ResumeFile | None:
     """Where this run keeps its finished blocks; none for a method that takes seconds, nor on other ranks."""
     if recipe.options is None or not distributed.is_main():
         return None
@@ -175,6 +184,7 @@ def _resume_file(output: Path, prepared: Prepared, recipe: Recipe, text: Calibra
         "recipe": recipe.effective(),
         "calibration": text.sequences,
         "weights": text.weights,
+        "accelerator": place.type,
         "versions": _versions(),
     }
     return ResumeFile(output, recipe.method, identity)
@@ -195,12 +205,14 @@ class _Scored:
 
 
 def _quantize_and_score(
-    prepared: Prepared, recipe: Recipe, resume: ResumeFile | None, text: Calibration, spill: Path | None
+    prepared: Prepared, recipe: Recipe, resume: ResumeFile | None, text: Calibration, keep: Spill
 ) -> _Scored:
     start = time.monotonic()
     source, plan = prepared.source, prepared.activations
     try:
-        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, spill, plan, prepared.cache)
+        quantized = quantize_model(
+            source, recipe, text.sequences, resume, text.weights, keep.directory, plan, prepared.cache, keep.place
+        )
     except ArithmeticError as error:
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,11 @@ class QuantizedWeight:
         if self.zero_points is not None:
             values = values - self.zero_points.to(torch.float32)[:, :, None]
         return (values * self.scales[:, :, None]).view(rows, columns)
+
+    def cpu(self) -> QuantizedWeight:
+        """The same in the processor's memory."""
+        zeros = None if self.zero_points is None else self.zero_points.cpu()
+        return replace(self, codes=self.codes.cpu(), scales=self.scales.cpu(), zero_points=zeros)
 
     def payload_bytes(self) -> int:
         """Bytes of packed codes, bfloat16 scales and packed zero points, as they count on disk."""

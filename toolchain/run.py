@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from boa_edge.files import read_json, write_json
 from boa_edge.progress import say, track
 from toolchain import distributed
+from toolchain.accelerator import CPU, moved
 from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import Item, allocate, check_budget, module_bytes
+from toolchain.entry import decoder_layers
 from toolchain.families import LayerNames
 from toolchain.loading import SourceModel
 from toolchain.loading.streamed import streamed_blocks
@@ -53,6 +55,7 @@ def quantize_model(
     spill: Path | None = None,
     activations: ActivationPlan | None = None,
     cache: CachePlan | None = None,
+    place: torch.device = CPU,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it was.
 
@@ -63,6 +66,7 @@ def quantize_model(
         spill: directory for activations, in files that are mapped into memory; None keeps them in memory.
         activations: how the linears' inputs are quantized; the statistics are of what comes in then.
         cache: how keys and values are kept; the statistics are of what attention sees then.
+        place: the device on which blocks are worked on; the codes come back to the processor's memory.
 
     Raises:
         ArithmeticError: a Hessian that no damping mends.
@@ -72,22 +76,23 @@ def quantize_model(
     weights: dict[str, QuantizedWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
     kept = FinishedWeights(resume) if resume and streamed_blocks(source.model) else None
+    keep = Spill(spill, place)
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
         finished = distributed.from_main(lambda: {index for index, _ in blocks if resume and resume.load(index)})
         tables = quantize_tables(source, recipe, None if options is None else sequences)
-        planned = _plan(source, recipe, settings, sequences, sequence_weights, resume, Spill(spill))
+        planned = _plan(source, recipe, settings, sequences, sequence_weights, resume, keep)
         texts = None
         if options is not None and len(finished) < len(blocks):
             assert sequences is not None
-            texts = Texts(source, sequences, sequence_weights, options, Spill(spill), activations, tables, cache)
+            texts = Texts(source, sequences, sequence_weights, options, keep, activations, tables, cache)
         for index, names in track(blocks, f"quantizing ({recipe.name})"):
             last = index + 1 == len(blocks)
             bits = {} if planned is None else {role: planned[part.module] for role, part in names.parts().items()}
             own = replace(settings, bits=bits)
             done = _load(resume, index) if index in finished else None
             is_read = done is None or (texts is not None and not last)
-            with source.at_hand(index) if is_read else nullcontext():
+            with _at_work(source, index, place) if is_read else nullcontext():
                 if done is None:
                     solved = (
                         round_stage(_weights(source.model, names), own)
@@ -111,6 +116,13 @@ def quantize_model(
         return QuantizedModel(weights | tables, layers)
     kept.add(tables)
     return QuantizedModel(kept, layers)
+
+
+@contextmanager
+def _at_work(source: SourceModel, index: int, place: torch.device) -> Iterator[None]:
+    """Inside, the weights of block `index` are in the memory of the device."""
+    with source.at_hand(index), moved(decoder_layers(source.model)[index], place):
+        yield
 
 
 def _load(resume: ResumeFile | None, index: int) -> FinishedBlock | None:
@@ -140,7 +152,7 @@ def _plan(
     texts = Texts(source, sequences[:count], own_weights, Options(), keep)
     errors: dict[str, dict[int, float]] = {}
     for index, names in track(list(enumerate(source.spec.layer_names)), "choosing bits"):
-        with source.at_hand(index):
+        with _at_work(source, index, keep.place):
             found = texts.errors(index, names, settings)
         for role, part in names.parts().items():
             together = errors.setdefault(part.module, dict.fromkeys(SUPPORTED_BITS, 0.0))

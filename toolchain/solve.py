@@ -72,7 +72,7 @@ def round_stage(weights: Mapping[str, Tensor], settings: Settings) -> dict[str, 
         start = time.monotonic()
         stack = weight.unsqueeze(0)
         grid = find_grid(stack, settings.of(role).format, settings.search)
-        quantized = grid.quantized(rtn.solve(stack, grid))
+        quantized = grid.quantized(rtn.solve(stack, grid)).cpu()
         solved[role] = SolvedLayer(quantized, None, None, None, None, time.monotonic() - start)
     return solved
 
@@ -124,7 +124,7 @@ def solve_stage(
             size = float(losses(weight.view_as(stack), column_hessian, row_hessian).sum(dtype=torch.float64))
         output_error = float(losses(change, inputs, None).sum(dtype=torch.float64))
         solved[role] = SolvedLayer(
-            weight=quantized,
+            weight=quantized.cpu(),
             loss=solution.loss,
             relative_loss=solution.loss / size if size else None,
             output_error=output_error / output_size if output_size else None,

@@ -65,7 +65,7 @@ class Texts:
         self._reference = Stream([keep(embed(batches[place])) for place in followed], keep) if compares else None
         self._token_weights = None
         if sequence_weights is not None:
-            rows = sequence_weights.to(torch.float32)[:, None].expand(-1, sequences.shape[1]).split(BATCH)
+            rows = sequence_weights.to(keep.place, torch.float32)[:, None].expand(-1, sequences.shape[1]).split(BATCH)
             self._token_weights = [rows[place] for place in places]
         self._runner: BlockRunner | None = None
 

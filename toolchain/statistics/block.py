@@ -318,7 +318,7 @@ def _compare(
         wanted, bias = taps.outputs[first], runner.bias(first)
         wanted = wanted if bias is None else wanted - bias
         if residual:
-            wanted = wanted + residual * _lag(text, reference, batch, first).view_as(wanted)
+            wanted = wanted + residual * _lag(text, reference, batch, first).to(wanted.device).view_as(wanted)
         crosses[first].add(wanted, inputs[first], weights)
     if "o" in by_output and firsts[-1] == "o":
         reference.outputs.setdefault("o", []).append(reference.keep(taps.outputs["o"]))

@@ -22,11 +22,14 @@ def position_mean(covariance: Tensor, inv_freq: Tensor, positions: int, scaling:
     hd, turning = covariance.shape[-1], 2 * inv_freq.shape[-1]
     if turning == 0:
         return covariance
+    inv_freq = inv_freq.to(covariance.device)
     if turning < hd:
         # Channels that stay are pairs that turn by nothing.
-        order = torch.cat([part.view(2, -1) for part in torch.arange(hd).split([turning, hd - turning])], 1).flatten()
+        order = torch.cat(
+            [part.view(2, -1) for part in torch.arange(hd, device=covariance.device).split([turning, hd - turning])], 1
+        ).flatten()
         back = order.argsort()
-        gain = torch.ones(hd, dtype=covariance.dtype)
+        gain = covariance.new_ones(hd)
         gain[order < turning] = scaling
         ordered = gain[:, None] * covariance[..., order, :][..., order] * gain
         still = inv_freq.new_zeros((hd - turning) // 2)
@@ -36,7 +39,7 @@ def position_mean(covariance: Tensor, inv_freq: Tensor, positions: int, scaling:
     C11, C12, C22 = C[..., :half, :half], C[..., :half, half:], C[..., half:, half:]
     same = torch.complex((C11 + C22) / 2, -(C12 - C12.mT) / 2)
     mixed = torch.complex((C11 - C22) / 2, -(C12 + C12.mT) / 2)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * inv_freq.to(torch.float64)
+    angles = torch.arange(positions, dtype=torch.float64, device=C.device)[:, None] * inv_freq.to(torch.float64)
     phases = torch.polar(torch.ones_like(angles), angles)
     same = same * (phases.conj().mT @ phases / positions)
     mixed = mixed * (phases.mT @ phases / positions)
@@ -49,6 +52,6 @@ def turn_back(vectors: Tensor, positions: Tensor, inv_freq: Tensor, scaling: flo
     """R_l^T on the last dimension of vectors [P, n, hd], l = positions[p] int64 [P]; see `position_mean`."""
     half = inv_freq.shape[-1]
     angles = positions.to(torch.float64)[:, None] * inv_freq.to(torch.float64)
-    cos, sin = (scaling * part.to(vectors.dtype)[:, None, :] for part in (angles.cos(), angles.sin()))
+    cos, sin = (scaling * part.to(vectors)[:, None, :] for part in (angles.cos(), angles.sin()))
     first, second, still = vectors[..., :half], vectors[..., half : 2 * half], vectors[..., 2 * half :]
     return torch.cat([first * cos + second * sin, second * cos - first * sin, still], -1)
