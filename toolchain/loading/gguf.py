@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Any
 
 import gguf
 import torch
-from gguf import GGUFReader
+from accelerate import init_empty_weights
+from gguf import GGUFReader, get_tensor_name_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -43,8 +45,9 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
     # The loaded model remembers that it came from a GGUF and refuses to be saved or called a float model.
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     config = type(loaded.config)(**settings)
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
+    with init_empty_weights(include_buffers=False):
+        model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, key, metadata.get(f"tokenizer.ggml.{key.replace('pad_token', 'padding_token')}"))
@@ -102,18 +105,20 @@ def _open(path: Path) -> GGUFReader:
 
 @contextmanager
 def _read_once(reader: GGUFReader, path: Path) -> Iterator[None]:
-    """Inside, `transformers` uses this reader of the file. It opens one for the configuration, one for the weights and
-    one for the tokenizer, each of which takes seconds for a large vocabulary.
+    """Inside, `transformers` uses this reader of the file, and makes the table of tensor names once.
+
+    It opens a reader for the configuration, one for the weights and one for the tokenizer, each of which takes seconds
+    for a large vocabulary, and makes the table anew for every module.
     """
 
     def open_file(file: Any, *others: Any) -> GGUFReader:
         return reader if Path(file).resolve() == path.resolve() else GGUFReader(file, *others)
 
-    gguf.GGUFReader = open_file
+    gguf.GGUFReader, gguf.get_tensor_name_map = open_file, functools.cache(get_tensor_name_map)
     try:
         yield
     finally:
-        gguf.GGUFReader = GGUFReader
+        gguf.GGUFReader, gguf.get_tensor_name_map = GGUFReader, get_tensor_name_map
 
 
 def _metadata(reader: GGUFReader, path: Path) -> dict[str, Any]:
