@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.accuracy import OURS_PREFIX, Benchmark, own_contenders, parse
+from benchmarks.accuracy import Benchmark, parse
 from benchmarks.charts import pyplot, save
+from benchmarks.contenders import OURS_PREFIX, own_contenders
 from benchmarks.ours import STEPS
 from benchmarks.report import OURS_COLOURS, Outcome, Protocol
 from boa_edge.errors import BoaEdgeError

@@ -14,12 +14,11 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,100 +27,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.ours import AT, OURS, SCHEMES, Own, recipe_for
+from benchmarks.contenders import Contender, Setting, chosen, fitting
+from benchmarks.kept import beside
+from benchmarks.ours import AT, recipe_for
 from benchmarks.peers.harness import SUMMARY_FILE, WEIGHTS_FILE
-from benchmarks.peers.table import (
-    NOT_RUN,
-    PEERS,
-    EnvironmentMissingError,
-    Format,
-    Peer,
-    identity,
-    last_error,
-    python_of,
-)
+from benchmarks.peers.table import NOT_RUN, EnvironmentMissingError, Peer, identity, python_of
+from benchmarks.quantizer import ROOT, QuantizerError, run_quantizer
 from benchmarks.report import Outcome, Protocol, write_report
 from benchmarks.source import exported
-from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.errors import BoaEdgeError
 from boa_edge.files import output_directory, read_json, write_json
 from boa_edge.progress import say
 from boa_edge.quiet import quiet_libraries, quiet_transformers
 from toolchain.activations import ActivationFormat
 from toolchain.activations.plan import ActivationPlan
 from toolchain.checkpoint import ACTIVATIONS
-from toolchain.loading import SourceModel, load_source
+from toolchain.loading import load_source
 from toolchain.metrics import evaluate_all
 from toolchain.products import fast_products
-from toolchain.recipe import load_recipe
 from toolchain.text import read_text, sequences, tokenize
 
-ROOT = Path(__file__).resolve().parents[1]
-_PLAIN = "it quantizes weights only; see the table without quantized activations"
 SETTINGS = "w4g32,w4g32a8,w4g128asym,w4asym,w3asym,w2asym"
-OURS_PREFIX = "boa-edge "
 # 200 steps per block are the tool's default; see docs/benchmarks for what they take.
 AUTOROUND_ITERATIONS = 200
-# What every quantizer is started with: no network, no bars, no accelerator.
-_QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 _EVALUATED_AT_ONCE, _EVALUATED_BYTES = 8, 6 << 30
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A format with the name it goes by; `asked` is the name before a group size that does not divide was halved.
-
-    Attributes:
-        schemes: how activations are quantized when it is evaluated, each a table of its own; None: not at all.
-    """
-
-    name: str
-    asked: str
-    format: Format
-    schemes: tuple[str | None, ...] = (None,)
-
-    def titled(self, scheme: str | None) -> str:
-        """The name of one of its tables."""
-        return self.name if scheme is None else f"{self.name} {scheme}"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One line of the table: a peer, or a variant of ours (`peer` None)."""
-
-    label: str
-    variant: str
-    peer: Peer | None
-    calibrated: bool
-
-    def refuses(self, setting: Setting) -> str | None:
-        """Why the method has no such format, or None."""
-        if self.peer is None:
-            return None
-        if self.peer.quantizes_activations != (setting.schemes != (None,)):
-            return (
-                "it is in the other tables: with quantized activations" if self.peer.quantizes_activations else _PLAIN
-            )
-        return self.peer.refuses(setting.format)
-
-
-def own_contenders(table: Mapping[str, Own]) -> list[Contender]:
-    """This project's methods."""
-    return [Contender(OURS_PREFIX + variant, variant, None, own.calibrated) for variant, own in table.items()]
-
-
-def contenders() -> list[Contender]:
-    """All methods, ours first."""
-    return own_contenders(OURS) + [
-        Contender(label, peer.variant, peer, peer.calibrated) for label, peer in PEERS.items()
-    ]
 
 
 def main() -> None:
@@ -130,11 +59,17 @@ def main() -> None:
     quiet_libraries()
     quiet_transformers()
     try:
-        outcomes = Benchmark(arguments, chosen(arguments.methods)).run(write_report)
+        outcomes = compare(arguments)
     except BoaEdgeError as error:
         sys.exit(f"error: {error}")
     rows = sum(outcome.row is not None for outcome in outcomes)
     print(json.dumps({"rows": rows, "output": str(arguments.output)}, separators=(",", ":")))
+
+
+def compare(arguments: argparse.Namespace) -> list[Outcome]:
+    """Do what is asked for, and write it."""
+    write = beside(arguments.output / "accuracy.json", write_report) if arguments.keep else write_report
+    return Benchmark(arguments, chosen(arguments.methods)).run(write)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -154,6 +89,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     cache = Path(os.environ.get("BOA_EDGE_CACHE") or ROOT / ".cache").expanduser().absolute()
     parser.add_argument("--work", type=Path, default=cache / "bench-accuracy", help="where results are kept")
     parser.add_argument("--environments", type=Path, default=cache / "peers", help="where peers are installed")
+    parser.add_argument("--keep", action="store_true", help="rows of OUTPUT/accuracy.json that are not made anew stay")
     parser.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args(words)
 
@@ -331,59 +267,30 @@ class Benchmark:
             "cpu_seconds": summary["cpu_seconds"],
             "peak_mb": summary["peak_mb"],
             "version": version,
+            "calibration": self._calibration(),
+            "notes": summary["notes"],
         }
+
+    def _calibration(self) -> str:
+        given = self.arguments
+        return f"{given.sequences} x {given.length} tokens of {given.calibration.name}"
 
     def _protocol(self) -> Protocol:
         given = self.arguments
         changed = {setting.asked: setting.name for setting in self.settings if setting.asked != setting.name}
-        labels = {contender.label for contender in self.contenders}
         return Protocol(
             model=self.source.identity,
-            calibration=f"{given.sequences} x {given.length} tokens of {given.calibration.name}",
+            calibration=self._calibration(),
             seeds=self.seeds,
             text=f"{self.rows.shape[0]} x {self.rows.shape[1]} tokens of {given.text.name}",
             version=self.own_version,
             changed_groups=changed,
-            not_run=NOT_RUN if any(label in labels for label in PEERS) else {},
+            not_run=NOT_RUN if any(contender.peer for contender in self.contenders) else {},
         )
 
     def _export(self) -> Path:
         """The original as a Hugging Face directory, which every quantizer reads."""
         return exported(self.source, self.work / "models" / _hash(self.source.files))
-
-
-class QuantizerError(Exception):
-    """A quantizer ended with an error; its last line."""
-
-
-def run_quantizer(command: list[str], place: Path, log: Path, limit: float) -> None:
-    """Run one to its end, its output in `log`. QuantizerError with its last line where it fails, or where it takes more
-    than `limit` minutes.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, **_QUIET, "PYTHONPATH": str(ROOT)}
-    # Some tools write logs where they stand.
-    scratch = place.with_name(f"{place.name}.scratch")
-    scratch.mkdir()
-    try:
-        with log.open("w", encoding="utf-8") as out:
-            done = subprocess.run(
-                command,
-                check=False,
-                cwd=scratch,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                timeout=limit * 60,
-            )
-    except subprocess.TimeoutExpired:
-        raise QuantizerError(f"not finished after {limit:g} minutes") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    if done.returncode:
-        told = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        raise QuantizerError(f"failed: {last_error(told)} (exit {done.returncode}; {log.name})")
 
 
 def with_weights(
@@ -410,32 +317,6 @@ def calibration_rows(tokens: Tensor, count: int, length: int, seed: int) -> Tens
     offset = int(torch.randint(min(length, spare + 1), (), generator=generator))
     windows = tokens[offset : offset + (tokens.numel() - offset) // length * length].view(-1, length)
     return windows[torch.randperm(windows.shape[0], generator=generator)[:count]].contiguous()
-
-
-def fitting(name: str, source: SourceModel) -> Setting:
-    """A setting by name, its group halved until it divides every linear's inputs."""
-    recipe = load_recipe(f"{name}-rtn")
-    weights = recipe.weights
-    columns = {source.model.get_parameter(f"{module}.weight").shape[1] for module in source.spec.linear_inputs()}
-    group = weights.group_size
-    while group is not None and any(count % group for count in columns):
-        group //= 2
-    found = name if group is None else name.replace(f"g{weights.group_size}", f"g{group}")
-    # Raises where not even the smallest group of a recipe divides.
-    weights = load_recipe(f"{found}-rtn").weights
-    assert weights.bits != "auto"
-    schemes: tuple[str | None, ...] = (None,) if recipe.activations is None else SCHEMES
-    return Setting(found, name, Format(weights.bits, weights.group_size, weights.symmetric), schemes)
-
-
-def chosen(words: str) -> list[Contender]:
-    """The methods that a filter leaves. UsageError where a word of it matches none."""
-    found = contenders()
-    wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
-    for word in wanted:
-        if not any(word in contender.label.lower() for contender in found):
-            raise UsageError(f"no method {word!r}", fix=f"There are: {', '.join(one.label for one in found)}")
-    return [one for one in found if not wanted or any(word in one.label.lower() for word in wanted)]
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ablation, accuracy
+from benchmarks import ablation, accuracy, contenders
+from benchmarks.contenders import own_contenders
 from benchmarks.ours import STEPS, VARIANTS, make
 from benchmarks.peers import table
 from benchmarks.peers.harness import GridError, Job, Made, check_error, check_grid, check_made, load_parameters, main
@@ -52,7 +53,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run(words: list[str]) -> tuple[list[dict[str, Any]], str]:
     """Rows and text of what a request writes."""
     arguments = accuracy.parse(words)
-    accuracy.Benchmark(arguments, accuracy.chosen(arguments.methods)).run(accuracy.write_report)
+    accuracy.compare(arguments)
     rows = json.loads((arguments.output / "accuracy.json").read_text())
     return rows, (arguments.output / "accuracy.md").read_text()
 
@@ -80,6 +81,29 @@ def test_own_methods_are_compared_and_a_second_run_does_nothing(request_words: l
     assert not list(work.glob("runs/*/weights.safetensors"))
 
 
+@pytest.mark.usefixtures("counted")
+def test_rows_of_an_earlier_run_can_stay(request_words: list[str], tmp_path: Path) -> None:
+    settings = ["--settings", "w4g32,w2asym"]
+    first, _ = run([*request_words, *settings, "--methods", "edge rtn"])
+    rows, text = run([*request_words, "--settings", "w2asym", "--methods", "edge gptq", "--seeds", "1", "--keep"])
+    made = [(row["setting"], row["method"], row["seed"]) for row in rows]
+    assert made == [("w4g32", "boa-edge rtn", 0), ("w2asym", "boa-edge rtn", 0), ("w2asym", "boa-edge gptq", 1)]
+    assert rows[:2] == first
+    assert "seeds 0, 1 choose" in text
+    assert "and earlier commits" in text
+    again, _ = run([*request_words, "--settings", "w2asym", "--methods", "edge rtn"])
+    assert len(again) == 1
+    other = tmp_path / "other.txt"
+    other.write_text("another text altogether, with words of its own " * 50)
+    with pytest.raises(BoaEdgeError, match="another model or text"):
+        run([*request_words, "--settings", "w4g32", "--methods", "edge rtn", "--text", str(other), "--keep"])
+    with pytest.raises(BoaEdgeError, match="calibrated on 4 x 32 tokens"):
+        run([*request_words, "--settings", "w4g32", "--methods", "edge gptq", "--sequences", "5", "--keep"])
+    (tmp_path / "out" / "accuracy.json").write_text('[{"method": "x"}]')
+    with pytest.raises(BoaEdgeError, match=r"accuracy\.json.*no list of rows.*--keep"):
+        run([*request_words, *settings, "--methods", "edge rtn", "--keep"])
+
+
 def test_only_what_is_missing_is_run(request_words: list[str], counted: list[str]) -> None:
     words = [*request_words, "--methods", "edge rtn", "--settings", "w4g32"]
     run(words)
@@ -102,7 +126,7 @@ def test_peers_that_fail_are_listed_and_stop_nobody(
         "breaker": Peer("no_such_script", "rtn", None, (), lambda _: None),
         "absent": Peer("torch_ao", "rtn", "absent", requirements, lambda _: None),
     }
-    monkeypatch.setattr(accuracy, "PEERS", peers)
+    monkeypatch.setattr(contenders, "PEERS", peers)
     monkeypatch.setattr(accuracy, "identity", lambda peer: peer.script)
 
     def python_of(peer: Peer, place: Path) -> Path:
@@ -213,7 +237,7 @@ def test_the_ablation_goes_from_rounding_to_the_default_step_by_step(
     request_words: list[str], counted: list[str]
 ) -> None:
     arguments = accuracy.parse([*request_words, "--settings", "w2asym"])
-    accuracy.Benchmark(arguments, accuracy.own_contenders(STEPS)).run(ablation.write)
+    accuracy.Benchmark(arguments, own_contenders(STEPS)).run(ablation.write)
     assert counted == list(STEPS)
     rows = json.loads((arguments.output / "ablation.json").read_text())
     assert [row["method"].removeprefix("boa-edge ") for row in rows] == list(STEPS)

@@ -1,0 +1,91 @@
+"""Who is compared, and at which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.ours import OURS, SCHEMES, Own
+from benchmarks.peers.table import PEERS, Format, Peer
+from boa_edge.errors import UsageError
+from toolchain.loading import SourceModel
+from toolchain.recipe import load_recipe
+
+_PLAIN = "it quantizes weights only; see the table without quantized activations"
+OURS_PREFIX = "boa-edge "
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A format with the name it goes by; `asked` is the name before a group size that does not divide was halved.
+
+    Attributes:
+        schemes: how activations are quantized when it is evaluated, each a table of its own; None: not at all.
+    """
+
+    name: str
+    asked: str
+    format: Format
+    schemes: tuple[str | None, ...] = (None,)
+
+    def titled(self, scheme: str | None) -> str:
+        """The name of one of its tables."""
+        return self.name if scheme is None else f"{self.name} {scheme}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table: a peer, or a variant of ours (`peer` None)."""
+
+    label: str
+    variant: str
+    peer: Peer | None
+    calibrated: bool
+
+    def refuses(self, setting: Setting) -> str | None:
+        """Why the method has no such format, or None."""
+        if self.peer is None:
+            return None
+        if self.peer.quantizes_activations != (setting.schemes != (None,)):
+            return (
+                "it is in the other tables: with quantized activations" if self.peer.quantizes_activations else _PLAIN
+            )
+        return self.peer.refuses(setting.format)
+
+
+def own_contenders(table: Mapping[str, Own]) -> list[Contender]:
+    """This project's methods."""
+    return [Contender(OURS_PREFIX + variant, variant, None, own.calibrated) for variant, own in table.items()]
+
+
+def contenders() -> list[Contender]:
+    """All methods, ours first."""
+    return own_contenders(OURS) + [
+        Contender(label, peer.variant, peer, peer.calibrated) for label, peer in PEERS.items()
+    ]
+
+
+def fitting(name: str, source: SourceModel) -> Setting:
+    """A setting by name, its group halved until it divides every linear's inputs."""
+    recipe = load_recipe(f"{name}-rtn")
+    weights = recipe.weights
+    columns = {source.model.get_parameter(f"{module}.weight").shape[1] for module in source.spec.linear_inputs()}
+    group = weights.group_size
+    while group is not None and any(count % group for count in columns):
+        group //= 2
+    found = name if group is None else name.replace(f"g{weights.group_size}", f"g{group}")
+    # Raises where not even the smallest group of a recipe divides.
+    weights = load_recipe(f"{found}-rtn").weights
+    assert weights.bits != "auto"
+    schemes: tuple[str | None, ...] = (None,) if recipe.activations is None else SCHEMES
+    return Setting(found, name, Format(weights.bits, weights.group_size, weights.symmetric), schemes)
+
+
+def chosen(words: str) -> list[Contender]:
+    """The methods that a filter leaves. UsageError where a word of it matches none."""
+    found = contenders()
+    wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
+    for word in wanted:
+        if not any(word in contender.label.lower() for contender in found):
+            raise UsageError(f"no method {word!r}", fix=f"There are: {', '.join(one.label for one in found)}")
+    return [one for one in found if not wanted or any(word in one.label.lower() for word in wanted)]
