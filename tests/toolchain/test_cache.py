@@ -14,8 +14,8 @@ from torch import Tensor
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json
 from tests.toolchain.families import CONFIGS
-from tests.toolchain.test_transforms import TOKENS, logits, wide
 from tests.toolchain.test_w4a8 import quantized, rebuilt
+from tests.toolchain.transformed import TOKENS, logits, wide
 from toolchain.activations.cache import (
     CachePlan,
     quantize_per_head,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from tests.toolchain.families import make
-from tests.toolchain.test_transforms import NORMED_SUBLAYERS, TOKENS, assert_same_function, logits, wide
 from tests.toolchain.test_w4a8 import quantized, rebuilt
+from tests.toolchain.transformed import NORMED_SUBLAYERS, TOKENS, assert_same_function, logits, wide
 from toolchain.activations import ActivationFormat, per_block
 from toolchain.activations.plan import ActivationPlan
 from toolchain.fake_quantized import FakeQuantized

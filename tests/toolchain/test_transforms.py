@@ -3,140 +3,48 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, OPTConfig
 
-from boa_edge.errors import BoaEdgeError, UsageError
-from tests.conftest import byte_tokenizer
-from tests.toolchain.families import CONFIGS
+from tests.toolchain.transformed import (
+    EVERYTHING,
+    FAMILIES,
+    NORMED_SUBLAYERS,
+    SINGLE,
+    TOKENS,
+    assert_same_function,
+    left_out,
+    logits,
+    smooth,
+)
 from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.fake_quantized import FakeQuantized
-from toolchain.families import DecoderSpec
 from toolchain.loading import SourceModel, load_source
 from toolchain.loading.streamed import streamed_blocks
 from toolchain.statistics.attention import handled_by
 from toolchain.transforms import (
-    PAIRS,
-    Pair,
     RotateDown,
     RotateQueryKey,
     RotateResidual,
     RotateTable,
     RotateValues,
-    Smooth,
     Transform,
     apply,
     base,
-    from_record,
-    install_runtime,
     online_products,
-    refusal,
-    scale_shape,
-    to_record,
     transforms_of,
 )
-
-FAMILIES = sorted(CONFIGS)
-NORMED_SUBLAYERS = ("gemma2", "gemma3")
-TOKENS = torch.randint(2, 264, (2, 17), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@contextmanager
-def wide() -> Iterator[None]:
-    """The classes of `transformers` norm and turn in float32; inside, in float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        patch.setattr(torch, "float", torch.float64)
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        yield
-
-
-def smooth(spec: DecoderSpec, *pairs: Pair, powers_of_two: bool = False) -> Smooth:
-    """Random scales within 1/8 and 8 for these pairs of every layer, or for all."""
-    generator, scales = torch.Generator().manual_seed(7), {}
-    for layer, pair in itertools.product(range(spec.layers), pairs or PAIRS):
-        logs = 6 * torch.rand(scale_shape(spec, layer, pair), generator=generator, dtype=torch.float64) - 3
-        half = len(spec.attention[layer].rope_inv_freq)
-        if pair == "q_k":
-            logs[:, half : 2 * half] = logs[:, :half]
-        scales[layer, pair] = torch.exp2(logs.round() if powers_of_two else logs)
-    return Smooth(scales)
-
-
-SINGLE: dict[str, Callable[[DecoderSpec], list[Transform]]] = {
-    **{pair: lambda spec, pair=pair: [smooth(spec, pair)] for pair in PAIRS},  # type: ignore[misc]
-    "r1_tied": lambda spec: [RotateResidual(seed=5)],
-    "r1_untied": lambda spec: [RotateResidual(seed=5, head="untied")],
-    "r2": lambda spec: [RotateValues(seed=6)],
-    "r3": lambda spec: [RotateQueryKey(seed=8)],
-    "r4": lambda spec: [RotateDown()],
-    "r4_blocks": lambda spec: [RotateDown(block_size=16)],
-    "rotate_table": lambda spec: [RotateTable(seed=9)],
-}
-EVERYTHING: dict[str, Callable[[DecoderSpec], list[Transform]]] = {
-    "smooth_first": lambda spec: [
-        smooth(spec),
-        RotateResidual(1),
-        RotateValues(2),
-        RotateQueryKey(3),
-        RotateDown(),
-        RotateTable(9),
-    ],
-    "rotate_first": lambda spec: [
-        RotateQueryKey(3),
-        RotateValues(2),
-        RotateResidual(1, "untied"),
-        smooth(spec),
-        RotateDown(16),
-        smooth(spec, "attention_norm", "v_o", "q_k"),
-        RotateValues(4),
-        RotateTable(9),
-    ],
-}
-
-
-def logits(model: nn.Module) -> Tensor:
-    return model(TOKENS, use_cache=False).logits
-
-
-def cached(model: nn.Module) -> Tensor:
-    """Logits of a text of which all but the last two tokens are read at once, and those one after the other."""
-    output = model(TOKENS[:, :-2], use_cache=True)
-    seen = [output.logits]
-    for tokens in TOKENS[:, -2:].split(1, 1):
-        output = model(tokens, past_key_values=output.past_key_values, use_cache=True)
-        seen.append(output.logits)
-    return torch.cat(seen, 1)
-
-
-def assert_same_function(one: nn.Module, other: nn.Module) -> None:
-    """Of float64 models, with and without a cache."""
-    with wide():
-        expected = logits(one)
-        for found in (logits(other), cached(other)):
-            assert float((found - expected).abs().amax()) < 1e-9
-    assert float(expected.std()) > 0.1
-
-
-def left_out(family: str, transforms: list[Transform]) -> list[str]:
-    """The kinds that this family's structure forbids."""
-    return [each.kind for each in transforms if each.kind == "r1" and family in NORMED_SUBLAYERS]
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -276,33 +184,6 @@ def test_replaced_weights_of_a_streamed_model_are_not_transformed_again(director
             assert torch.allclose(logits(one.model), logits(other.model), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_record_rebuilds_what_the_model_computes_besides(
-    source: Callable[[str], SourceModel], directory: Callable[[str], Path], family: str, tmp_path: Path
-) -> None:
-    before = source(family)
-    transforms = EVERYTHING["smooth_first"](before.spec)
-    after, _ = apply(before, transforms)
-    document, tensors = to_record(transforms)
-    document, tensors = json.loads(json.dumps(document)), load(save(tensors))
-    rebuilt = from_record(document, tensors, after.spec)
-    again = to_record(rebuilt)
-    assert again[0] == document
-    assert again[1].keys() == tensors.keys()
-    assert all(torch.equal(value, tensors[name]) for name, value in again[1].items())
-    # A fresh model of the class, with the transformed weights and nothing else.
-    fresh = load_source(str(directory(family))).model.double()
-    fresh.load_state_dict(after.model.state_dict())
-    bare = logits(fresh)
-    assert float((bare - logits(before.model)).abs().amax()) > 1e-3
-    runtime = install_runtime(fresh, after.spec, rebuilt)
-    assert_same_function(before.model, fresh)
-    runtime.remove()
-    runtime.remove()
-    assert torch.equal(logits(fresh), bare)
-    assert transforms_of(fresh) == ()
-
-
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_first_block_takes_in_the_rotated_stream(source: Callable[[str], SourceModel], family: str) -> None:
     """Also where the toolchain enters by itself; and the rotation takes an outlier apart."""
@@ -362,102 +243,3 @@ def test_queries_and_keys_are_turned_where_attention_is_computed(source: Callabl
             assert torch.allclose(rotated, plain @ matrix, atol=1e-9)
             assert torch.equal(left, plain)
             assert not torch.allclose(rotated, plain, atol=1e-2)
-
-
-def test_an_opt_without_biases_or_norm_weights(directory: Callable[[str], Path], tmp_path: Path) -> None:
-    base = json.loads((directory("opt") / "config.json").read_text())
-    for name, changes in {"plain": {"enable_bias": False}, "bare": {"layer_norm_elementwise_affine": False}}.items():
-        torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(OPTConfig(**{**base, **changes}))
-        for key, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.2)
-        model.save_pretrained(tmp_path / name)
-        byte_tokenizer().save_pretrained(tmp_path / name)
-        before = load_source(str(tmp_path / name))
-        before.model.double()
-        for mode in ("tied", "untied"):
-            transforms: list[Transform] = [RotateResidual(1, mode), RotateValues(2), RotateDown()]  # type: ignore[arg-type]
-            after, _ = apply(before, transforms)
-            assert_same_function(before.model, after.model)
-    with pytest.raises(BoaEdgeError, match="self_attn_layer_norm: the norm has no weight that could take up a scale"):
-        apply(before, [smooth(before.spec, "attention_norm")])
-    plain = load_source(str(tmp_path / "plain"))
-    plain.model.model.decoder.layers[1].final_layer_norm.weight[3] = 0.0
-    with pytest.raises(BoaEdgeError, match=r"layers\.1\.final_layer_norm: a weight of zero stands beside a bias"):
-        apply(plain, [RotateResidual(1)])
-
-
-def test_a_scale_does_not_go_through_a_bent_activation(source: Callable[[str], SourceModel]) -> None:
-    opt = source("opt")
-    model = apply(opt, [])[0].model
-    for block in decoder_layers(model):
-        block.activation_fn = nn.GELU()
-    before = replace(opt, model=model, spec=replace(opt.spec, activation="gelu"))
-    assert [pair for pair in PAIRS if refusal(before.spec, pair)] == ["up_down"]
-    after, notes = apply(before, [smooth(before.spec)])
-    assert notes == [
-        "smooth up_down: left out, no scale goes through the activation 'gelu', which stands between up and down"
-    ]
-    assert_same_function(before.model, after.model)
-
-
-def test_what_does_not_go_together_is_refused(source: Callable[[str], SourceModel]) -> None:
-    before = source("qwen2")
-    spec = before.spec
-    ones = torch.ones(spec.kv_heads, spec.head_dim, dtype=torch.float64)
-    unpaired = ones.clone()
-    unpaired[0, 1] = 2
-    refused: dict[str, list[Transform]] = {
-        "smooth up_down comes after r4": [RotateDown(), smooth(spec, "up_down")],
-        "r1 comes twice": [RotateResidual(1), RotateResidual(2)],
-        "r4 comes twice": [RotateDown(), RotateDown()],
-        "rotate_table comes twice": [RotateTable(), RotateTable(1)],
-        "r1 comes after rotate_table": [RotateTable(), RotateResidual(1)],
-        "smooth: 0.q_k: RoPE turns channels a and a": [Smooth({(0, "q_k"): unpaired})],
-        "smooth: 1.v_o: scales must be positive": [Smooth({(1, "v_o"): ones * 0})],
-        "smooth: 1.v_o: scales of shape": [Smooth({(1, "v_o"): ones[0]})],
-        "smooth: 2.v_o: there is no such pair": [Smooth({(2, "v_o"): ones})],
-        "r4: block_size: blocks of 36 do not divide the 96": [RotateDown(36)],
-        "r1: head: is 'loose'": [RotateResidual(1, "loose")],  # type: ignore[arg-type]
-    }
-    for message, transforms in refused.items():
-        with pytest.raises(BoaEdgeError, match=message):
-            apply(before, transforms)
-    with pytest.raises(UsageError, match="no Hadamard matrix of size 92"):
-        RotateResidual(1).check(replace(spec, hidden_size=92))
-    after, _ = apply(before, [RotateDown()])
-    with pytest.raises(BoaEdgeError, match="r4 comes twice"):
-        apply(after, [RotateDown()])
-
-
-def test_a_damaged_record_is_refused_by_name(source: Callable[[str], SourceModel]) -> None:
-    spec = source("llama").spec
-    document, tensors = to_record([smooth(spec, "v_o"), RotateResidual(1), RotateDown()])
-
-    def changed(index: int, **fields: object) -> list[dict[str, object]]:
-        return [entry | fields if i == index else entry for i, entry in enumerate(document)]
-
-    def without(index: int, name: str) -> list[dict[str, object]]:
-        return [{k: v for k, v in e.items() if i != index or k != name} for i, e in enumerate(document)]
-
-    short = tensors | {"0.1.v_o": tensors["0.1.v_o"][:, :3]}
-    cases: list[tuple[str, Any, dict[str, Tensor]]] = [
-        (r"t\.json: is no list of transforms", {}, {}),
-        (r"t\.json: \[0\]: is 3", [3], {}),
-        (r"t\.json: \[1\]\.kind: is 'r9'\. Expected: smooth, r1, r2, r3, r4", changed(1, kind="r9"), tensors),
-        (r"t\.json: \[1\]\.seed: is 'a'", changed(1, seed="a"), tensors),
-        (r"t\.json: \[1\]\.seed: the field is missing", without(1, "seed"), tensors),
-        (r"t\.json: \[1\]\.head: is 'loose'", changed(1, head="loose"), tensors),
-        (r"t\.json: \[2\]\.extra: is a field that is not known", changed(2, extra=1), tensors),
-        (r"t\.json: \[2\]\.block_size: is True", changed(2, block_size=True), tensors),
-        (r"t\.json: \[2\]: r4: block_size: blocks of 36", changed(2, block_size=36), tensors),
-        (r"t\.json: \[0\]\.scales: '1\.gate' is no pair", changed(0, scales=["1.gate"]), tensors),
-        (r"t\.json: \[0\]\.scales: the tensor of '1\.v_o' is missing", document, {"0.0.v_o": tensors["0.0.v_o"]}),
-        (r"t\.json: \[0\]: smooth: 1\.v_o: scales of shape \[2, 3\]\. Expected: \[2, 32\]", document, short),
-        (r"t\.json: holds a tensor that no entry names: 7\.x", document, tensors | {"7.x": torch.ones(1)}),
-        (r"t\.json: transforms: r4 comes twice", [*document, document[2]], tensors),
-    ]
-    for message, entries, held in cases:
-        with pytest.raises(BoaEdgeError, match=message):
-            from_record(entries, held, spec, "t.json")
-    assert len(from_record(document, tensors, spec, "t.json")) == 3
