@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE)
     parser.add_argument("--calibration", type=Path, required=True, help="text file")
     parser.add_argument("--sequences", type=int, help="of calibration text; the recipe's, unless given")
+    parser.add_argument("--spill", action="store_true", help="activations wait on disk")
     parser.add_argument(
         "--scratch", type=Path, help="where to put the model and the checkpoint, which are deleted again"
     )
@@ -110,8 +111,14 @@ def main() -> None:
         write_text(scratch / "recipe.yaml", recipe.to_yaml())
         command = [str(Path(sys.executable).parent / "boa-edge"), "quantize", str(scratch / "model"), "--stream"]
         command += ["--recipe", str(scratch / "recipe.yaml"), "--calibration", str(arguments.calibration.absolute())]
+        command += ["--spill", str(scratch / "spilled")] if arguments.spill else []
         found = measured([*command, "-o", str(scratch / "checkpoint")], say=True)
-    size = {"shape": arguments.shape, "blocks": spec.layers, "sequences": recipe.calibration.sequences}
+    size = {
+        "shape": arguments.shape,
+        "blocks": spec.layers,
+        "sequences": recipe.calibration.sequences,
+        "spill": arguments.spill,
+    }
     print(json.dumps({**size, "recipe": recipe.name, **found}))
 
 
