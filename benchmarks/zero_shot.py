@@ -2,12 +2,11 @@
 
     python -m benchmarks.zero_shot --calibration valid.txt --text test.txt -o docs/benchmarks [--recipe w4g32-gptq]
 
-The same recipe on calibration texts of the same size: a real one; text written in the plain way (one schedule, no chat
-template, nothing filtered); what `--calibration self` writes, at the model's own temperature and at the recipe's; and
-the weighted part of a pool of it that matches the pool best. Reports perplexity and KL on a held-out text, and, per
-kind of linear, |H_text - H_real|_F / |H_real|_F of the full-precision model's column Hessians after both are scaled to
-trace 1, averaged over the blocks. The same distance of a second sample of the real text is the noise floor. Writes
-zero_shot.json and zero_shot.md.
+The same recipe on four calibration texts of the same size: a real one; text written in the plain way (one schedule, no
+chat template, nothing filtered); the pool's fit sequences as they come; the weighted part of the pool that matches it
+best. Reports perplexity and KL on a held-out text, and, per kind of linear, |H_text - H_real|_F / |H_real|_F of the
+full-precision model's column Hessians after both are scaled to trace 1, averaged over the blocks. The same distance of
+a second sample of the real text is the noise floor. Writes zero_shot.json and zero_shot.md.
 
 Pieces that are finished are kept in --work and not done again.
 """
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -32,7 +30,7 @@ from torch import Tensor
 from boa_edge.files import write_json, write_text
 from boa_edge.progress import say, track
 from boa_edge.quiet import quiet_libraries
-from toolchain.calibration.pool import Writer, find_conventions, self_text
+from toolchain.calibration.pool import Writer, asked, find_conventions, self_text, write_pool
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import SourceModel, load_source
 from toolchain.metrics import evaluate_logits
@@ -44,52 +42,56 @@ from toolchain.text import read_text, sequences, spread, tokenize
 _LABELS = {
     "real": "real text",
     "plain": "self-written, plain",
-    "natural": "zero-shot, temperature 1",
-    "zero-shot": "zero-shot, the recipe's temperature",
+    "pool": "zero-shot, not selected",
     "selected": "zero-shot, selected",
     "real-again": "real text, other sample",
 }
-_QUANTIZED = ("real", "plain", "natural", "zero-shot", "selected")
+_QUANTIZED = ("real", "plain", "pool", "selected")
 
 
-def _texts(
-    source: SourceModel, size: CalibrationSize, calibration: Path, work: Path, names: list[str], pool: float
-) -> dict[str, dict[str, Tensor]]:
+def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: Path) -> dict[str, dict[str, Tensor]]:
     """Tokens, and weights where there are any, by the name of the text."""
 
-    def real(offset: int) -> dict[str, Tensor]:
+    def real() -> dict[str, dict[str, Tensor]]:
         rows = sequences(tokenize(read_text(calibration), source.tokenizer), size.sequence_length, calibration)
-        return {"tokens": spread(rows, 2 * size.sequences)[offset::2]}
+        rows = spread(rows, 2 * size.sequences)
+        return {"real": {"tokens": rows[::2]}, "real-again": {"tokens": rows[1::2]}}
 
-    def plain() -> dict[str, Tensor]:
-        # A hot start after the beginning-of-sequence token, nothing else.
+    def plain() -> dict[str, dict[str, Tensor]]:
+        # What --calibration self did before: a hot start after the beginning-of-sequence token, nothing else.
         start = source.tokenizer.bos_token_id
         conventions = dataclasses.replace(find_conventions(source, 0), frame=None, start=start)
         writer = Writer(source, size.sequence_length, 0, conventions=conventions, schedules=("hot",))
-        return {"tokens": writer.write(size.sequences).tokens}
+        return {"plain": {"tokens": writer.write(size.sequences).tokens}}
 
-    def zero_shot(name: str, **changes: float) -> dict[str, Tensor]:
+    def zero_shot() -> dict[str, dict[str, Tensor]]:
         start = time.monotonic()
-        own = size.model_copy(update=changes)
-        text = self_text(source, own, size.sequence_length, 0, work / f"self-text-{name}")
-        write_json(work / f"facts-{name}.json", text.facts | {"seconds": round(time.monotonic() - start)})
-        found = {"tokens": text.sequences}
-        return found if text.weights is None else found | {"weights": text.weights}
+        keep = work / "self-text"
+        text = self_text(source, size, size.sequence_length, 0, keep)
+        say(f"zero-shot text: {time.monotonic() - start:.0f} s, {text.facts}")
+        write_json(work / "facts.json", text.facts | {"seconds": round(time.monotonic() - start)})
+        selected = {"tokens": text.sequences}
+        if text.weights is not None:
+            selected["weights"] = text.weights
+        count, needed = asked(size)
+        writer = Writer(source, size.sequence_length, 0, keep=keep, identity={"count": count, "needed": needed})
+        pool = write_pool(writer, source.tokenizer, count, needed)  # kept: read back, not written again
+        # Every candidate has the same chance, so that conversations and other texts stay half and half.
+        chosen = spread(pool.fit, size.sequences)
+        return {"selected": selected, "pool": {"tokens": pool.written.tokens[chosen]}}
 
-    makers: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "real": lambda: real(0),
-        "real-again": lambda: real(1),
-        "plain": plain,
-        "natural": lambda: zero_shot("natural", temperature=1.0),
-        "zero-shot": lambda: zero_shot("zero-shot"),
-        "selected": lambda: zero_shot("selected", pool=pool),
-    }
-    texts = {}
-    for name in (*names, "real-again"):
-        path = work / f"text-{name}.safetensors"
-        if not path.exists():
-            save_file({part: tensor.contiguous() for part, tensor in makers[name]().items()}, path)
-        texts[name] = load_file(path)
+    texts: dict[str, dict[str, Tensor]] = {}
+    makers: list[tuple[tuple[str, ...], Callable[[], dict[str, dict[str, Tensor]]]]] = [
+        (("real", "real-again"), real),
+        (("plain",), plain),
+        (("selected", "pool"), zero_shot),
+    ]
+    for names, make in makers:
+        paths = {name: work / f"text-{name}.safetensors" for name in names}
+        if not all(path.exists() for path in paths.values()):
+            for name, text in make().items():
+                save_file({part: tensor.contiguous() for part, tensor in text.items()}, paths[name])
+        texts |= {name: load_file(path) for name, path in paths.items()}
     return texts
 
 
@@ -164,23 +166,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="the text to evaluate on")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--pool", type=float, default=2.0, help="candidates per sequence to select from")
-    parser.add_argument("--texts", default=",".join(_QUANTIZED), help="which of them, `real` first")
+    parser.add_argument("--pool", type=float, default=2.0)
     parser.add_argument("--tokens", type=int, default=24576, help="of the text to evaluate on")
     parser.add_argument("--work", type=Path, help="where finished pieces are kept (default: a temporary directory)")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     quiet_libraries()
-    names = arguments.texts.split(",")
-    if names[:1] != ["real"] or not set(names) <= set(_QUANTIZED):
-        sys.exit(f"error: --texts: {arguments.texts}: real comes first, then some of {', '.join(_QUANTIZED[1:])}")
     source = load_source(arguments.model)
-    size = CalibrationSize(sequences=arguments.sequences, sequence_length=arguments.length)
+    size = CalibrationSize(sequences=arguments.sequences, sequence_length=arguments.length, pool=arguments.pool)
     rows = sequences(tokenize(read_text(arguments.text), source.tokenizer)[: arguments.tokens], 512, arguments.text)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        texts = _texts(source, size, arguments.calibration, work, names, arguments.pool)
+        texts = _texts(source, size, arguments.calibration, work)
         truth = _hessians(source, texts["real"], "statistics of real text")
         distances = {
             name: _distances(truth, _hessians(source, text, f"statistics of {_LABELS[name]}"))
@@ -191,17 +189,16 @@ def main() -> None:
         results = {
             recipe: {
                 name: _score(source, load_recipe(recipe), texts[name], rows, name, work / f"{recipe}-{name}.json")
-                for name in names
+                for name in _QUANTIZED
             }
             for recipe in arguments.recipe.split(",")
         }
-        facts = {name: json.loads(path.read_text()) for name in names if (path := work / f"facts-{name}.json").exists()}
+        facts = json.loads((work / "facts.json").read_text())
     settings = {
         "model": source.identity,
         "sequences": size.sequences,
         "sequence_length": size.sequence_length,
-        "pool": arguments.pool,
-        "temperature": size.temperature,
+        "pool": size.pool,
         "evaluated_tokens": rows.numel(),
         "seed": 0,
     }
@@ -210,7 +207,7 @@ def main() -> None:
     write_json(arguments.output / "zero_shot.json", document)
     write_text(arguments.output / "zero_shot.md", _markdown(document))
     say(_markdown(document))
-    print(json.dumps({"rows": len(results) * len(names), "output": str(arguments.output)}, separators=(",", ":")))
+    print(json.dumps({"rows": len(results) * len(_QUANTIZED), "output": str(arguments.output)}, separators=(",", ":")))
 
 
 def _markdown(document: dict[str, Any]) -> str:
@@ -219,9 +216,8 @@ def _markdown(document: dict[str, Any]) -> str:
         "# Calibration on real text and on text that the model writes",
         "",
         f"{settings['model']}, {settings['sequences']} x {settings['sequence_length']} tokens of calibration text, "
-        f"selected from {settings['pool']:g} candidates per sequence where that is said, the recipe's temperature "
-        f"{settings['temperature']:g}; {settings['evaluated_tokens']:,} tokens of other real text evaluated, seed 0. "
-        "Made by `benchmarks/zero_shot.py`.",
+        f"a pool of {settings['pool']:g} candidates per sequence, {settings['evaluated_tokens']:,} tokens of other "
+        "real text evaluated, seed 0. Made by `benchmarks/zero_shot.py`.",
         "",
         "| recipe | calibrated on | perplexity | KL (nats/token) | KL over real text's | top-1 |",
         "|---|---|---|---|---|---|",

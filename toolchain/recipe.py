@@ -137,9 +137,6 @@ class CalibrationSize(_Frozen):
     """How much text the statistics see, and how much is held out to evaluate on.
 
     Attributes:
-        temperature: at which the model writes what it is calibrated on (`--calibration self`). The held-out text is
-            written at 1. Hotter text has more of the vocabulary in it, and measured better
-            (docs/benchmarks/zero_shot.md).
         pool: candidates written per sequence used, of text that the model writes itself (`--calibration self`). Those
             that match the pool's statistics best are chosen and weighted; 1 takes them as they come, which measured
             better on real text (docs/benchmarks/zero_shot.md).
@@ -149,7 +146,6 @@ class CalibrationSize(_Frozen):
     sequence_length: int = Field(default=512, ge=8)
     held_out_sequences: int = Field(default=8, ge=1)
     pool: float = Field(default=1.0, ge=1, le=16)
-    temperature: float = Field(default=1.2, ge=0.1, le=4)
 
 
 class Recipe(_Frozen):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _CACHE_BYTES = 2 << 30  # what the keys and values of one batch may take
 _LARGEST_BATCH = 96
 _REWRITES = 3
 _SPARE = 1.15  # written per sequence asked for: about one in ten is unfit
-_FORMAT = 3  # of the text itself: raise it when the same seed no longer gives the same text
+_FORMAT = 2  # of the text itself: raise it when the same seed no longer gives the same text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SelfText:
     Attributes:
         sequences: int64 [n, length], best first.
         weights: float64 [n], mean 1; None where there was nothing to choose from.
-        held_out: int64 [m, length], not among the former, written at the model's own temperature.
+        held_out: int64 [m, length], not among the former, drawn from the fit part of the pool before the choice.
         facts: what was written, dropped and chosen, JSON-ready.
     """
 
@@ -60,13 +60,11 @@ class Pool:
     """Everything that was written, and which of it is fit.
 
     Attributes:
-        fit: int64, indices of the fit sequences to calibrate on, ascending.
-        held_out: int64, of those that were written to be held out.
+        fit: int64, indices of the fit sequences, ascending.
     """
 
     written: Written
     fit: Tensor
-    held_out: Tensor
     facts: dict[str, Any]
 
 
@@ -77,7 +75,6 @@ class Writer:
         keep: directory for finished batches; None keeps nothing.
         identity: what, besides model, seed and length, decides which sequences are asked for.
         sketches: whether statistics are taken on the way, to select by.
-        heat: the factor on the temperatures of a sequence, by its number.
     """
 
     def __init__(
@@ -91,9 +88,8 @@ class Writer:
         keep: Path | None = None,
         identity: dict[str, Any] | None = None,
         sketches: bool = True,
-        heat: Callable[[int], float] = lambda _: 1.0,
     ) -> None:
-        self._sketches, self._heat = sketches, heat
+        self._sketches = sketches
         self._source, self._length, self._seed, self._schedules = source, length, seed, schedules
         self.conventions = conventions or find_conventions(source, seed)
         self._fast = steps_fast(source.model)
@@ -126,7 +122,7 @@ class Writer:
                 pass
             return batch
         scripts = [
-            Script(self.conventions, self._seed, number, self._length, self._schedules, self._heat(number))
+            Script(self.conventions, self._seed, number, self._length, self._schedules)
             for number in range(first, first + size)
         ]
         batch = write_batch(self._source, scripts, self._length, ticks, fast=self._fast, sketches=self._sketches)
@@ -147,39 +143,33 @@ def find_conventions(source: SourceModel, seed: int) -> Conventions:
     return Conventions(start, ends, prior, frame)
 
 
-def write_pool(writer: Writer, tokenizer: Any, plan: Plan) -> Pool:
-    """Write what is planned, and more in a few rounds while too little of it is fit.
+def write_pool(writer: Writer, tokenizer: Any, count: int, needed: int) -> Pool:
+    """Write `count` sequences, and more in a few rounds while fewer than `needed` are fit.
 
     Where that is not enough, the pool is filled up with unfit ones, loops last: never an endless loop.
     """
-    written = writer.write(plan.count)
+    written = writer.write(count)
+    loops = _loops(written, tokenizer)
     rounds = 1
-    while True:
-        loops = _loops(written, tokenizer)
-        natural = torch.tensor([plan.is_natural(number) for number in range(loops.numel())])
-        fit = in_band(written.nll, ~loops & ~natural)
-        held_out = ~loops & natural  # to be scored on, so none is too common or too rare
-        kinds = ((fit, ~natural, plan.sequences), (held_out, natural, plan.held_out))
-        missing = sum(max(0, wanted - int(found.sum())) for found, _, wanted in kinds)
-        if missing == 0 or rounds > _REWRITES:
-            break
+    while (missing := needed - int(in_band(written.nll, ~loops).sum())) > 0 and rounds <= _REWRITES:
         say(f"{missing} sequences of calibration text too few are fit, writing more")
-        written = Written.joined([written, writer.write(2 * missing)])
+        more = writer.write(2 * missing)
+        written = Written.joined([written, more])
+        loops = torch.cat([loops, _loops(more, tokenizer)])
         rounds += 1
+    fit = in_band(written.nll, ~loops)
     facts = {
         "written": loops.numel(),
         "dropped_loops": int(loops.sum()),
-        "dropped_outliers": int((~loops & ~natural & ~fit).sum()),
+        "dropped_outliers": int((~loops & ~fit).sum()),
         "rounds": rounds,
     }
     if missing > 0:
         say(f"the model writes too little that is fit to calibrate on: {missing} unfit sequences are used")
-        for found, own, wanted in kinds:
-            left = own & ~found
-            spare = [*(~loops & left).nonzero()[:, 0].tolist(), *(loops & left).nonzero()[:, 0].tolist()]
-            found[spare[: max(0, wanted - int(found.sum()))]] = True
-        facts["unfit_used"] = missing
-    return Pool(written, fit.nonzero()[:, 0], held_out.nonzero()[:, 0], facts)
+        spare = [*(~loops & ~fit).nonzero()[:, 0].tolist(), *loops.nonzero()[:, 0].tolist()][:missing]
+        fit[spare] = True
+        facts["unfit_used"] = len(spare)
+    return Pool(written, fit.nonzero()[:, 0], facts)
 
 
 def _loops(written: Written, tokenizer: Any) -> Tensor:
@@ -187,54 +177,28 @@ def _loops(written: Written, tokenizer: Any) -> Tensor:
     return torch.tensor([is_loop(tokenizer.decode(row, skip_special_tokens=True), row) for row in rows])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be written: sequences to calibrate on and, at the model's own temperature, some to hold out.
-
-    Attributes:
-        sequences, held_out: how many fit ones are needed of each.
-        candidates, spare: how many of each are written at first.
-        temperature: of those to calibrate on.
-    """
-
-    sequences: int
-    held_out: int
-    candidates: int
-    spare: int
-    temperature: float
-
-    @classmethod
-    def of(cls, size: CalibrationSize) -> Plan:
-        """For a calibration of this size."""
-        candidates = math.ceil((_SPARE if size.pool == 1 else size.pool) * size.sequences)
-        spare = math.ceil(_SPARE * size.held_out_sequences)
-        return cls(size.sequences, size.held_out_sequences, candidates, spare, size.temperature)
-
-    @property
-    def count(self) -> int:
-        """Sequences of the first round."""
-        return self.candidates + self.spare
-
-    def is_natural(self, number: int) -> bool:
-        """Whether a sequence is one to hold out: evenly spread over the first round, then every fourth."""
-        if number >= self.count:
-            return number % 4 == 0
-        return (number + 1) * self.spare // self.count > number * self.spare // self.count
-
-    def heat(self, number: int) -> float:
-        """The factor on a sequence's temperatures."""
-        return 1.0 if self.is_natural(number) else self.temperature
+def asked(size: CalibrationSize) -> tuple[int, int]:
+    """How many sequences are written at first, and how many fit ones are needed."""
+    needed = size.sequences + size.held_out_sequences
+    if size.pool == 1:
+        return math.ceil(_SPARE * needed), needed
+    return math.ceil(size.pool * size.sequences) + size.held_out_sequences, needed
 
 
 def self_text(source: SourceModel, size: CalibrationSize, length: int, seed: int, keep: Path | None) -> SelfText:
     """Calibration text of `size` that the model writes itself; the arguments are `load_calibration`'s."""
-    plan, selects = Plan.of(size), size.pool > 1
-    writer = Writer(source, length, seed, keep=keep, identity=asdict(plan), sketches=selects, heat=plan.heat)
-    pool = write_pool(writer, source.tokenizer, plan)
-    tokens, candidates = pool.written.tokens, pool.fit
-    held_out = spread(pool.held_out, size.held_out_sequences)
+    count, needed = asked(size)
+    selects = size.pool > 1
+    identity = {"count": count, "needed": needed}
+    writer = Writer(source, length, seed, keep=keep, identity=identity, sketches=selects)
+    pool = write_pool(writer, source.tokenizer, count, needed)
+    tokens = pool.written.tokens
+    places = torch.linspace(0, pool.fit.numel() - 1, size.held_out_sequences + 2)[1:-1].round().to(torch.int64)
+    aside = torch.zeros(pool.fit.numel(), dtype=torch.bool)
+    aside[places] = True
+    held_out, candidates = pool.fit[aside], pool.fit[~aside]
     weights, chosen = None, candidates
-    facts = pool.facts | {"candidates": candidates.numel(), "texts": _kinds(writer), "temperature": size.temperature}
+    facts = pool.facts | {"candidates": candidates.numel(), "texts": _kinds(writer)}
     if candidates.numel() > size.sequences and not selects:
         # Every candidate has the same chance, so that conversations and other texts stay half and half.
         chosen = spread(candidates, size.sequences)

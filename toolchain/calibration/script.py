@@ -7,9 +7,6 @@ Three schedules take turns, so that openings differ in different ways:
             arXiv 2305.17888)
     plain   temperature 1 throughout
 
-all of it times the temperature that a sequence is given. Above 1 the text makes little sense, but it holds more of the
-vocabulary in more contexts, and that is what a calibration needs (docs/benchmarks/zero_shot.md).
-
 Where there is a chat template, every other sequence is a conversation: the model writes both sides.
 """
 
@@ -79,19 +76,12 @@ class Script:
     Args:
         index: of the sequence; with the seed it decides the kind, the schedule and all of its random numbers.
         length: of the sequence in tokens.
-        heat: factor on all temperatures.
     """
 
     def __init__(
-        self,
-        conventions: Conventions,
-        seed: int,
-        index: int,
-        length: int,
-        schedules: Sequence[Schedule] = SCHEDULES,
-        heat: float = 1.0,
+        self, conventions: Conventions, seed: int, index: int, length: int, schedules: Sequence[Schedule] = SCHEDULES
     ) -> None:
-        self._conventions, self._heat = conventions, heat
+        self._conventions = conventions
         self._random = np.random.default_rng([seed, index])
         self.chat = conventions.frame is not None and index % 2 == 1
         kind = index // 2 if conventions.frame is not None else index
@@ -109,12 +99,7 @@ class Script:
 
     def temperature(self) -> float:
         """At which the next token is to be drawn; 0 means the most likely one."""
-        if self._forced:
-            return 1.0
-        return self._heat * self._scheduled()
-
-    def _scheduled(self) -> float:
-        if self._turn == "answer":
+        if self._forced or self._turn == "answer":
             return 1.0
         if self.schedule == "hot":
             return 1 + (_HOTTEST - 1) * max(0.0, 1 - self._age / _WARM_TOKENS)
