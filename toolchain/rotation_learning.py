@@ -177,9 +177,15 @@ def straight_through(x: Tensor, form: ActivationFormat, group_size: int | None) 
         # What is 0 throughout divides by 0 on a branch that is not taken; its gradient there is 0 * inf.
         x.register_hook(lambda gradient: torch.nan_to_num(gradient, 0.0, 0.0, 0.0))
     form = _ROUNDING.get(form.scheme, form)
-    limits = (float(x.detach().min()), float(x.detach().max())) if form.needs_range else None
+    if not form.needs_range:
+        with _StraightThrough():
+            return simulate(x, form, group_size=group_size)
+    low, high = x.min(), x.max()
     with _StraightThrough():
-        return simulate(x, form, group_size=group_size, static_range=limits)
+        found = simulate(x, form, group_size=group_size, static_range=(float(low), float(high)))
+    # The range is a number to `simulate`, but a wider one makes every error of rounding larger.
+    width = high - low if form.scheme == "static_uint8" else torch.maximum(-low, high)
+    return found + (found - x).detach() * (width / width.detach().clamp_min(1e-30) - 1)
 
 
 @contextmanager
