@@ -182,7 +182,7 @@ def straight_through(x: Tensor, form: ActivationFormat, group_size: int | None) 
             return simulate(x, form, group_size=group_size)
     low, high = x.min(), x.max()
     with _StraightThrough():
-        found = simulate(x, form, group_size=group_size, static_range=(float(low), float(high)))
+        found = simulate(x, form, group_size=group_size, static_range=(float(low.detach()), float(high.detach())))
     # The range is a number to `simulate`, but a wider one makes every error of rounding larger.
     width = high - low if form.scheme == "static_uint8" else torch.maximum(-low, high)
     return found + (found - x).detach() * (width / width.detach().clamp_min(1e-30) - 1)
