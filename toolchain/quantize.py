@@ -210,9 +210,7 @@ def _quantize_and_score(
     start = time.monotonic()
     source, plan = prepared.source, prepared.activations
     try:
-        quantized = quantize_model(
-            source, recipe, text.sequences, resume, text.weights, keep.directory, plan, prepared.cache, keep.place
-        )
+        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, keep, plan, prepared.cache)
     except ArithmeticError as error:
         fix = "Use more calibration text, or a larger `damping` in the recipe"
         raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from boa_edge.files import read_json, write_json
 from boa_edge.progress import say, track
 from toolchain import distributed
-from toolchain.accelerator import CPU, moved
+from toolchain.accelerator import moved
 from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import Item, allocate, check_budget, module_bytes
@@ -52,10 +51,9 @@ def quantize_model(
     sequences: Tensor | None,
     resume: ResumeFile | None = None,
     sequence_weights: Tensor | None = None,
-    spill: Path | None = None,
+    keep: Spill = Spill(),  # noqa: B008 (frozen)
     activations: ActivationPlan | None = None,
     cache: CachePlan | None = None,
-    place: torch.device = CPU,
 ) -> QuantizedModel:
     """Quantize a model by a recipe; the model itself is left as it was.
 
@@ -63,10 +61,10 @@ def quantize_model(
         sequences: calibration tokens int64 [n, length]; not needed by methods without statistics.
         resume: where finished blocks are kept, and taken from.
         sequence_weights: [n], how much each sequence counts, mean 1; None for all alike.
-        spill: directory for activations, in files that are mapped into memory; None keeps them in memory.
+        keep: where activations are kept, and on which device blocks are worked on; the codes come back to the
+            processor's memory.
         activations: how the linears' inputs are quantized; the statistics are of what comes in then.
         cache: how keys and values are kept; the statistics are of what attention sees then.
-        place: the device on which blocks are worked on; the codes come back to the processor's memory.
 
     Raises:
         ArithmeticError: a Hessian that no damping mends.
@@ -76,7 +74,6 @@ def quantize_model(
     weights: dict[str, QuantizedWeight] = {}
     layers: dict[str, dict[str, Any]] = {}
     kept = FinishedWeights(resume) if resume and streamed_blocks(source.model) else None
-    keep = Spill(spill, place)
     with torch.inference_mode():
         blocks = list(enumerate(source.spec.layer_names))
         finished = distributed.from_main(lambda: {index for index, _ in blocks if resume and resume.load(index)})
@@ -92,7 +89,7 @@ def quantize_model(
             own = replace(settings, bits=bits)
             done = _load(resume, index) if index in finished else None
             is_read = done is None or (texts is not None and not last)
-            with _at_work(source, index, place) if is_read else nullcontext():
+            with _at_work(source, index, keep.place) if is_read else nullcontext():
                 if done is None:
                     solved = (
                         round_stage(_weights(source.model, names), own)
