@@ -48,8 +48,6 @@ from toolchain.products import fast_products
 from toolchain.text import read_text, sequences, tokenize
 
 SETTINGS = "w4g32,w4g32a8,w4g128asym,w4asym,w3asym,w2asym"
-# 200 steps per block are the tool's default; see docs/benchmarks for what they take.
-AUTOROUND_ITERATIONS = 200
 _EVALUATED_AT_ONCE, _EVALUATED_BYTES = 8, 6 << 30
 
 
@@ -85,7 +83,6 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=24576, help="of held-out text")
     parser.add_argument("--limit", type=float, default=120, help="minutes that one quantization may take")
-    parser.add_argument("--iterations", type=int, default=AUTOROUND_ITERATIONS, help="of AutoRound, per block")
     cache = Path(os.environ.get("BOA_EDGE_CACHE") or ROOT / ".cache").expanduser().absolute()
     parser.add_argument("--work", type=Path, default=cache / "bench-accuracy", help="where results are kept")
     parser.add_argument("--environments", type=Path, default=cache / "peers", help="where peers are installed")
@@ -164,13 +161,11 @@ class Benchmark:
         """Directory of a finished run, made if it is not there."""
         wanted = setting.format
         peer, variant = contender.peer, contender.variant
-        trains = peer is not None and peer.script == "autoround"
         decides: dict[str, Any] = {
             "model": self.model_key,
             "tokens": tokens.stem if contender.calibrated else None,
             "seed": seed if contender.calibrated else None,
             "format": asdict(wanted),
-            "iterations": self.arguments.iterations if trains else None,
         }
         if peer is None:
             recipe = recipe_for(variant, wanted.bits, wanted.group_size, wanted.symmetric, scheme)
@@ -188,7 +183,6 @@ class Benchmark:
         command += ["--model", str(self.model), "--tokens", str(tokens), "--seed", str(seed)]
         command += ["--bits", str(wanted.bits), "--group-size", str(wanted.group_size or 0)]
         command += ["--symmetric", str(int(wanted.symmetric)), "--variant", variant]
-        command += ["--iterations", str(self.arguments.iterations)] if trains else []
         say(f"{setting.name} {contender.label}, seed {seed}")
         place.parent.mkdir(parents=True, exist_ok=True)
         log = self.work / "logs" / f"{place.name}.log"
@@ -267,6 +261,8 @@ class Benchmark:
             "cpu_seconds": summary["cpu_seconds"],
             "peak_mb": summary["peak_mb"],
             "version": version,
+            "date": summary["date"],
+            "machine": summary["machine"],
             "calibration": self._calibration(),
             "notes": summary["notes"],
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from benchmarks.ours import OURS, SCHEMES, Own
@@ -82,10 +82,20 @@ def fitting(name: str, source: SourceModel) -> Setting:
 
 
 def chosen(words: str) -> list[Contender]:
-    """The methods that a filter leaves. UsageError where a word of it matches none."""
+    """The methods that a filter leaves: those that have one of its words in their names, or the one that has it for its
+    name. UsageError where a word matches none.
+    """
     found = contenders()
-    wanted = [word.strip().lower() for word in words.split(",") if word.strip()]
-    for word in wanted:
-        if not any(word in contender.label.lower() for contender in found):
+    labels = [contender.label.lower() for contender in found]
+    wanted: set[str] = set()
+    for word in [word.strip().lower() for word in words.split(",") if word.strip()]:
+        matching = {word} if word in labels else {label for label in labels if word in label}
+        if not matching:
             raise UsageError(f"no method {word!r}", fix=f"There are: {', '.join(one.label for one in found)}")
-    return [one for one in found if not wanted or any(word in one.label.lower() for word in wanted)]
+        wanted |= matching
+    return [one for one in found if not wanted or one.label.lower() in wanted]
+
+
+def gaps(setting: Setting, there: Collection[str]) -> list[str]:
+    """The peers that have a setting's format and are not among the methods that stand in its table."""
+    return [one.label for one in contenders() if one.peer and one.label not in there and one.refuses(setting) is None]

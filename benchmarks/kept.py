@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders import Setting, gaps
+from benchmarks.ours import SCHEMES
+from benchmarks.peers.table import Format
 from benchmarks.report import Outcome, Protocol
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json
@@ -67,8 +70,20 @@ def _check(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 def _of_all(protocol: Protocol, outcomes: list[Outcome]) -> Protocol:
     """What is true of the rows of several runs."""
     seeds = sorted({outcome.seed for outcome in outcomes if outcome.row})
-    version = f"{protocol.version} and earlier commits (accuracy.json names each row's)"
-    return replace(protocol, seeds=seeds, version=version)
+    return replace(protocol, seeds=seeds, not_run={**protocol.not_run, **_gaps(outcomes)})
+
+
+def _gaps(outcomes: list[Outcome]) -> dict[str, str]:
+    """The peers that no run has asked for, and where; what was asked for and failed stands in the tables."""
+    missing: dict[str, list[str]] = {}
+    for row in {outcome.setting: outcome.row for outcome in outcomes if outcome.row}.values():
+        scheme = row["activations"]
+        form = Format(row["bits"], row["group_size"], row["symmetric"])
+        setting = Setting(row["setting"], row["setting"], form, (None,) if scheme is None else SCHEMES)
+        there = {outcome.method for outcome in outcomes if outcome.setting == setting.titled(scheme)}
+        for label in gaps(setting, there):
+            missing.setdefault(label, []).append(setting.titled(scheme))
+    return {f"{label} at {', '.join(titles)}": "no run of it there yet" for label, titles in missing.items()}
 
 
 def _in_order(outcomes: list[Outcome]) -> list[Outcome]:

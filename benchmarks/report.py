@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +14,16 @@ from boa_edge.files import write_json, write_text
 OURS_COLOURS = ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1")
 PEER_COLOURS = ("#7f2704", "#d94801", "#f16913", "#a63603", "#cc7a29", "#e6a04d", "#8c6239", "#c49a6c")
 _TITLE = 66  # characters that fit above a panel
-_HEAD = (
-    "| method | KL (nats/token) | by seed | KL / best peer | perplexity | top-1 | seconds | CPU seconds | peak MB |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+_COLUMNS = (
+    "method",
+    "KL (nats/token)",
+    "by seed",
+    "KL / best peer",
+    "perplexity",
+    "top-1",
+    "seconds",
+    "CPU seconds",
+    "peak MB",
 )
 
 
@@ -116,15 +120,38 @@ def _protocol(outcomes: list[Outcome], protocol: Protocol) -> str:
             "llm-compressor, torchao and quanto refuse, GPTQModel and AutoRound make a row's last group smaller, and\n"
             "HQQ lets groups run over the ends of rows, so that figures would not compare."
         )
-    machine = f"{_processor()}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}"
-    return text + f"\n\n{datetime.date.today():%Y-%m-%d}, {protocol.version}; {machine}."
+    return f"{text}\n\n{_made([outcome.row for outcome in outcomes if outcome.row])}"
+
+
+def _made(rows: list[dict[str, Any]]) -> str:
+    """When, from which commits and on which machines."""
+    if not rows:
+        return "Nothing was made."
+    dates = sorted({row["date"] for row in rows})
+    commits = list(dict.fromkeys(row["version"] for row in rows if row["ours"]))
+    when = dates[0] if len(dates) == 1 else f"Between {dates[0]} and {dates[-1]}"
+    which = f"; {', '.join(commits)}" if commits else ""
+    several = " (accuracy.json has each row's)" if len(commits) > 1 or len(dates) > 1 else ""
+    text = f"{when}{which}{several}. No GPU."
+    machines = _letters(rows)
+    if len(machines) < 2:
+        return f"{text} {next(iter(machines))}."
+    lines = [f"- {letter}: {machine}" for machine, letter in machines.items()]
+    return "\n".join([f"{text} Times compare only on one machine:\n", *lines])
+
+
+def _letters(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """A letter for each machine that the rows were made on, in the order in which they come first."""
+    return {machine: chr(ord("A") + index) for index, machine in enumerate(dict.fromkeys(r["machine"] for r in rows))}
 
 
 def _table(setting: str, outcomes: list[Outcome]) -> str:
     lines = _lines(setting, outcomes)
     peers = [line.mean("kl") for line in lines if not line.ours]
     best = min(peers) if peers else None
-    text = [_HEAD]
+    machines = _letters([outcome.row for outcome in outcomes if outcome.row])
+    columns = [*_COLUMNS, *(["on"] if len(machines) > 1 else [])]
+    text = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in lines:
         first = line.rows[0]
         name = f"**{line.method}**" if line.ours else line.method
@@ -132,9 +159,11 @@ def _table(setting: str, outcomes: list[Outcome]) -> str:
         ratio = f"{line.mean('kl') / best:.2f}" if best else ""
         figures = f"{line.mean('kl'):.4f} | {seeds} | {ratio} | {line.mean('perplexity'):.2f} | {line.mean('top1'):.1%}"
         peak = max(row["peak_mb"] for row in line.rows)
-        text.append(f"| {name} | {figures} | {line.mean('seconds'):.0f} | {line.mean('cpu_seconds'):.0f} | {peak} |")
+        where = ", ".join(dict.fromkeys(machines[row["machine"]] for row in line.rows))
+        cells = [name, figures, f"{line.mean('seconds'):.0f}", f"{line.mean('cpu_seconds'):.0f}", str(peak), where]
+        text.append(f"| {' | '.join(cells[: None if len(machines) > 1 else -1])} |")
     for method, reason in _reasons(setting, outcomes).items():
-        text.append(f"| {method} | {reason.replace('|', '/')} | | | | | | | |")
+        text.append(f"| {method} | {reason.replace('|', '/')} |" + " |" * (len(columns) - 2))
     return "\n".join(text)
 
 
@@ -182,15 +211,6 @@ def _words(setting: str) -> str:
     scales = f"a scale per {group} inputs" if group else "a scale per output channel"
     words = f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}, {scales}"
     return f"{words}; {_RUNTIMES[scheme]}" if scheme else words
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def draw(output: Path, outcomes: list[Outcome]) -> None:

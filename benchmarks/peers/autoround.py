@@ -11,16 +11,15 @@ from transformers import AutoTokenizer
 
 from benchmarks.peers.harness import GridError, Job, Made, linears_of, load_model, main
 
-DEFAULT_ITERATIONS = 200
-# Its documentation asks for this rate at this number of steps, and for none otherwise.
-_FAST_ITERATIONS, _FAST_RATE = 50, 5e-3
+# Steps per block and their rate: the tool's defaults, and its documentation's `light` settings.
+STEPS: dict[str, tuple[int, float | None]] = {"default": (200, None), "light": (50, 5e-3)}
 _ROUNDED = 2.0**-8  # what bfloat16 rounds away of a number, at most
 
 
 def make(job: Job) -> Made:
-    """Quantize by the tool's defaults; `--iterations` for fewer steps per block."""
+    """Quantize by the tool's defaults, or by its light settings."""
     model = load_model(job)
-    iterations = job.iterations or DEFAULT_ITERATIONS
+    iterations, rate = STEPS[job.variant]
     made = Made(notes=[f"{iterations} iterations per block"])
     tuner = AutoRound(
         model,
@@ -30,7 +29,7 @@ def make(job: Job) -> Made:
         group_size=job.group_size or -1,
         sym=job.symmetric,
         iters=iterations,
-        lr=_FAST_RATE if iterations == _FAST_ITERATIONS else None,
+        lr=rate,
         nsamples=job.tokens.shape[0],
         seqlen=job.tokens.shape[1],
         dataset=list(job.tokens.split(1)),
@@ -60,4 +59,4 @@ def on_grid(linear: Any) -> Tensor:
 
 
 if __name__ == "__main__":
-    main("auto-round", make)
+    main("auto-round", make, tuple(STEPS))

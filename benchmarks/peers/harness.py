@@ -7,7 +7,9 @@ the same for every method; no library but torch, safetensors and transformers.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import platform
 import random
 import resource
 import time
@@ -49,7 +51,6 @@ class Job:
     symmetric: bool
     seed: int
     variant: str
-    iterations: int
     out: Path
 
 
@@ -95,7 +96,6 @@ def main(
     parser.add_argument("--symmetric", type=int, choices=(0, 1), required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variant", choices=variants, default=variants[0])
-    parser.add_argument("--iterations", type=int, default=0, help="of methods that train; 0: the tool's default")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(words)
     random.seed(given.seed)
@@ -108,7 +108,6 @@ def main(
         symmetric=bool(given.symmetric),
         seed=given.seed,
         variant=given.variant,
-        iterations=given.iterations,
         out=given.out,
     )
     job.out.mkdir(parents=True, exist_ok=True)
@@ -130,9 +129,23 @@ def write(job: Job, made: Made, versions: Mapping[str, str]) -> None:
         "peak_mb": round(peak_bytes() / 1e6),
         "version": f"{package} {version}",
         "versions": dict(versions),
+        "date": f"{datetime.date.today():%Y-%m-%d}",
+        "machine": machine(),
         "notes": made.notes,
     }
     (job.out / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """What computed here: the processor's name, the widest instructions that PyTorch finds on it, and the threads."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_bytes() -> int:

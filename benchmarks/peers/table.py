@@ -101,6 +101,7 @@ PEERS: dict[str, Peer] = {
     "llm-compressor AWQ": Peer("llm_compressor", "awq", *_LLM_COMPRESSOR, _anything),
     "GPTQModel GPTQ": Peer("gptq_model", "default", *_GPTQ_MODEL, _anything),
     "AutoRound": Peer("autoround", "default", *_AUTOROUND, _anything),
+    "AutoRound light": Peer("autoround", "light", *_AUTOROUND, _anything),
     "HQQ": Peer("half_quadratic", "default", *_HQQ, _hqq, calibrated=False),
     "quanto": Peer("quanto", "max", *_QUANTO, _quanto, calibrated=False),
     "torchao RTN": Peer("torch_ao", "rtn", *_TORCHAO, _anything, calibrated=False),

@@ -90,7 +90,18 @@ def test_rows_of_an_earlier_run_can_stay(request_words: list[str], tmp_path: Pat
     assert made == [("w4g32", "boa-edge rtn", 0), ("w2asym", "boa-edge rtn", 0), ("w2asym", "boa-edge gptq", 1)]
     assert rows[:2] == first
     assert "seeds 0, 1 choose" in text
-    assert "and earlier commits" in text
+    assert "**torchao RTN at w4g32, w2asym**: no run of it there yet" in text
+    assert "| on |" not in text
+    for row in first:
+        row |= {"machine": "another processor", "date": "2020-02-02", "version": "boa-edge 1"}
+    path = tmp_path / "out" / "accuracy.json"
+    path.write_text(json.dumps(first))
+    _, text = run([*request_words, "--settings", "w2asym", "--methods", "edge gptq", "--keep"])
+    assert "Between 2020-02-02 and" in text
+    assert "- A: another processor" in text
+    lines = {line.split("|")[1].strip(" *"): line for line in text.splitlines() if line.startswith("| **")}
+    assert lines["boa-edge rtn"].endswith("| A |")
+    assert lines["boa-edge gptq"].endswith("| B |")
     again, _ = run([*request_words, "--settings", "w2asym", "--methods", "edge rtn"])
     assert len(again) == 1
     other = tmp_path / "other.txt"
@@ -176,7 +187,7 @@ def test_the_grid_check_knows_a_grid(symmetric: bool, group: int | None) -> None
 
 
 def test_what_was_made_is_checked_as_a_whole(tiny_model: Path, tmp_path: Path) -> None:
-    job = Job(tiny_model, torch.zeros(1, 8, dtype=torch.int64), 4, None, False, 0, "default", 0, tmp_path)
+    job = Job(tiny_model, torch.zeros(1, 8, dtype=torch.int64), 4, None, False, 0, "default", tmp_path)
     original = load_parameters(tiny_model)
     name = "model.layers.0.mlp.down_proj.weight"
     with pytest.raises(GridError, match="block linears were not quantized"):
@@ -201,6 +212,8 @@ def test_calibration_windows_are_chosen_by_the_seed_and_do_not_overlap() -> None
 
 def test_a_filter_that_names_nothing_is_an_error() -> None:
     assert [one.label for one in accuracy.chosen("torchao")] == ["torchao RTN", "torchao HQQ", "torchao 8da4w"]
+    assert [one.label for one in accuracy.chosen("autoround,hqq")] == ["AutoRound", "HQQ"]
+    assert [one.label for one in accuracy.chosen("light")] == ["AutoRound light"]
     with pytest.raises(UsageError, match="no method 'awk'"):
         accuracy.chosen("awk")
 
