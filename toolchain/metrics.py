@@ -47,7 +47,7 @@ def evaluate_all(models: Sequence[Logits], sequences: Tensor, reference: Logits 
         models, reference: token ids int64 [1, length] -> logits float [1, length, vocabulary].
         sequences: int64 [n, length]; every token but the first of a sequence is predicted.
     """
-    nll, divergence, agreed = [0.0] * len(models), [0.0] * len(models), [0] * len(models)
+    nll, kl, agreed = [0.0] * len(models), [0.0] * len(models), [0] * len(models)
     reference_nll = 0.0
     for row in track(sequences, what):
         targets = row[1:, None]
@@ -57,17 +57,17 @@ def evaluate_all(models: Sequence[Logits], sequences: Tensor, reference: Logits 
             reference_nll -= float(truth.gather(1, targets).sum(dtype=torch.float64))
         for index, model in enumerate(models):
             logits = model(row[None])[0, :-1]
-            for part in _parts(*logits.shape):
+            for part in parts(*logits.shape):
                 scores = torch.log_softmax(logits[part].float(), -1)
                 nll[index] -= float(scores.gather(1, targets[part]).sum(dtype=torch.float64))
                 if truth is not None:
-                    divergence[index] += float((truth[part].exp() * (truth[part] - scores)).sum(dtype=torch.float64))
+                    kl[index] += _kl(truth[part], scores)
                     agreed[index] += int((truth[part].argmax(-1) == scores.argmax(-1)).sum())
     predicted = sequences.shape[0] * (sequences.shape[1] - 1)
     return [
         Fidelity(
             perplexity=_perplexity(nll[index], predicted),
-            kl=None if reference is None else divergence[index] / predicted,
+            kl=None if reference is None else kl[index] / predicted,
             top1=None if reference is None else agreed[index] / predicted,
             reference_perplexity=None if reference is None else _perplexity(reference_nll, predicted),
             predicted=predicted,
@@ -76,7 +76,17 @@ def evaluate_all(models: Sequence[Logits], sequences: Tensor, reference: Logits 
     ]
 
 
-def _parts(positions: int, vocabulary: int) -> list[slice]:
+def divergence(truth: Tensor, logits: Tensor) -> float:
+    """KL(truth || softmax of logits) in nats, summed over positions; log-probabilities and logits [n, vocabulary]."""
+    slices = parts(*logits.shape)
+    return sum(_kl(truth[part], torch.log_softmax(logits[part].float(), -1)) for part in slices)
+
+
+def _kl(truth: Tensor, scores: Tensor) -> float:
+    return float((truth.exp() * (truth - scores)).sum(dtype=torch.float64))
+
+
+def parts(positions: int, vocabulary: int) -> list[slice]:
     """Slices of the positions, each of some 16 MB: what is larger is handed back to the system and fetched again."""
     size = max(1, _ELEMENTS // vocabulary)
     return [slice(start, start + size) for start in range(0, positions, size)]

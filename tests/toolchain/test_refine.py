@@ -92,6 +92,31 @@ def test_descent_lowers_the_loss_to_where_no_single_code_can(fmt: GridFormat, tw
             assert loss_of(target, other, grid, h_col, rows).sum() >= best * (1 - 1e-12)
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_descent_takes_one_column_hessian_for_all_heads(two_sided: bool) -> None:
+    target, h_col, h_row = problem(3, 3, 4, 8)
+    rows, shared = h_row if two_sided else None, h_col[:1]
+    grid = find_grid(target, FORMATS[0], "minmax")
+    start = rtn.solve(target, grid)
+    every = shared.expand(3, 8, 8).contiguous()
+    assert torch.equal(descended(target, start, grid, shared, rows, 5), descended(target, start, grid, every, rows, 5))
+
+
+def test_a_row_that_the_loss_does_not_see_keeps_nobody_from_being_refitted() -> None:
+    target, h_col, h_row = problem(3, 2, 5, 16)
+    h_row[:, 1], h_row[:, :, 1] = 0, 0
+    grid = find_grid(target, GridFormat(2, 4), "minmax")
+    codes = rtn.solve(target, grid)
+    refitted = refit_scales(target, codes, grid, h_col, h_row)
+    changed = (refitted.scales != grid.scales).any(-1)
+    assert changed.tolist() == [[True, False, True, True, True]] * 2
+    assert bool(
+        (
+            losses(refitted.values(codes) - target, h_col, h_row) < losses(grid.values(codes) - target, h_col, h_row)
+        ).all()
+    )
+
+
 def test_descent_leaves_the_minimum_alone_and_its_input_too() -> None:
     target, h_col, h_row = problem(3, 2, 4, 8)
     grid = find_grid(target, FORMATS[0], "minmax")

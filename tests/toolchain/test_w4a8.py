@@ -23,6 +23,7 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.guard import guard
 from toolchain.loading import load_source
+from toolchain.loading.streamed import StreamedBlocks
 from toolchain.outliers import measure_outliers, observe
 from toolchain.prepare import prepare
 from toolchain.quantize import quantize
@@ -234,6 +235,32 @@ def test_the_guard_keeps_the_fewest_linears_that_meet_the_budget(
     assert list(held.costs.values()) == sorted(held.costs.values(), reverse=True)
     assert held.plan.kept == set(list(held.costs)[: len(held.plan.kept)])
     assert "o_proj" not in next(iter(held.costs))  # which alone reads no planted channel
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])
+def test_the_guard_measures_every_linear_by_itself(
+    tiny_model: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolchain.guard._LOGITS", (together + 1) * 96 * 264)
+    loads: list[int] = []
+    values = StreamedBlocks._values
+    monkeypatch.setattr(StreamedBlocks, "_values", lambda self, index: loads.append(index) or values(self, index))
+    source = load_source(str(tiny_model), stream=True)
+    weights = quantize_model(source, parse_recipe({"method": "rtn", "weights": {"bits": 8}}, "test"), None)
+    plan = ActivationPlan(ActivationFormat("per_token"), dict.fromkeys(source.spec.linear_inputs(), None))
+    rows = torch.randint(264, (2, 96), generator=torch.Generator().manual_seed(0))
+    model = FakeQuantized(source.model, source.spec, weights.weights)
+    loads.clear()
+    costs = guard(source, weights, plan, rows, 0.0).costs
+    passes = -(-len(plan.group_sizes) // together)
+    assert costs.keys() == plan.group_sizes.keys()
+    assert len(loads) <= (passes + 40) * source.spec.layers  # 40: the bisection's
+    with torch.inference_mode():
+        plain = torch.log_softmax(model.logits(rows[:1]), -1)
+        for name in plan.group_sizes:
+            found = torch.log_softmax(model.with_activations(plan.of([name])).logits(rows[:1]), -1)
+            alone = float((plain.exp() * (plain - found)).sum(-1).mean(dtype=torch.float64))
+            assert costs[name] == pytest.approx(alone, rel=1e-2, abs=1e-7)
 
 
 def test_kept_linears_run_in_float32_in_onnx_runtime(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

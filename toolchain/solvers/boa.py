@@ -37,12 +37,11 @@ def solve(weight: Tensor, upper_column: Tensor, upper_row: Tensor, grid: Grid) -
         upper_row: [n, rows, rows], U_r.
     """
     if weight.device.type == "cpu":
-        n, _, columns = weight.shape
+        columns = weight.shape[2]
         low, high = code_range(grid.format.bits)
         codes = torch.empty_like(weight)
         coupling = _coupling(upper_row)
-        upper = upper_column.expand(n, columns, columns)
-        arrays = [tensor.contiguous().numpy() for tensor in (upper, coupling, *grid.expand(columns))]
+        arrays = [tensor.contiguous().numpy() for tensor in (upper_column, coupling, *grid.expand(columns))]
         kernels.two_sided(weight.clone().numpy(), *arrays, low, high, codes.numpy())
         return codes
     return solve_in_tiles(weight, upper_column, upper_row, grid)

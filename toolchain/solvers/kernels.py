@@ -3,7 +3,8 @@
 A weight's columns must be rounded in order, which as tensor operations is a call per column; compiled, a row is one
 loop. Used where tensors are on the CPU; every kernel is tested against the tensor form or the dense solver.
 
-Shapes: weight, scales, zeros, codes [n, rows, columns]; factors and Hessians [n, d, d]. All arrays are contiguous.
+Shapes: weight, scales, zeros, codes [n, rows, columns]; factors and Hessians of rows [n, d, d], of columns
+[1 or n, d, d]: one for all is not copied, at 4096 inputs and 32 heads that were 2 GB. All arrays are contiguous.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ def one_sided_block(weight, upper, scales, zeros, low, high, codes, errors):  # 
     n, rows, columns = weight.shape
     for task in prange(n * rows):
         h, i = task // rows, task % rows
+        own = upper[h % upper.shape[0]]
         row = weight[h, i].copy()
         for j in range(columns):
             scale, zero = scales[h, i, j], zeros[h, i, j]
             code = min(max(np.rint(row[j] / scale) + zero, low), high)
             codes[h, i, j] = code
-            error = (row[j] - (code - zero) * scale) / upper[h, j, j]
+            error = (row[j] - (code - zero) * scale) / own[j, j]
             errors[h, i, j] = error
-            factor = upper[h, j]
+            factor = own[j]
             for k in range(j + 1, columns):
                 row[k] -= error * factor[k]
 
@@ -58,6 +60,7 @@ def two_sided(weight, upper, coupling, scales, zeros, low, high, codes):  # type
     """
     n, rows, columns = weight.shape
     for h in prange(n):
+        own = upper[h % upper.shape[0]]
         for i in range(rows):
             start = weight[h, i]
             for earlier in range(i):
@@ -72,8 +75,8 @@ def two_sided(weight, upper, coupling, scales, zeros, low, high, codes):  # type
                 codes[h, i, j] = code
                 rounded = (code - zero) * scale
                 start[j] -= rounded
-                error = (value - rounded) / upper[h, j, j]
-                factor = upper[h, j]
+                error = (value - rounded) / own[j, j]
+                factor = own[j]
                 for k in range(j + 1, columns):
                     row[k] -= error * factor[k]
 
@@ -84,19 +87,20 @@ def descend_rows(gradient, columns_hessian, scales, low, high, codes, sweeps):  
     n, rows, columns = codes.shape
     for task in prange(n * rows):
         h, i = task // rows, task % rows
+        own = columns_hessian[h % columns_hessian.shape[0]]
         for _ in range(sweeps):
             changed = 0
             for j in range(columns):
-                if columns_hessian[h, j, j] <= 0:  # an input that was never used: the loss does not see its codes
+                if own[j, j] <= 0:  # an input that was never used: the loss does not see its codes
                     continue
                 scale = scales[h, i, j]
                 old = codes[h, i, j]
-                new = min(max(np.rint(old - gradient[h, i, j] / (columns_hessian[h, j, j] * scale)), low), high)
+                new = min(max(np.rint(old - gradient[h, i, j] / (own[j, j] * scale)), low), high)
                 if new != old:
                     codes[h, i, j] = new
                     step = (new - old) * scale
                     changed += 1
-                    slope, curvature = gradient[h, i], columns_hessian[h, j]
+                    slope, curvature = gradient[h, i], own[j]
                     for k in range(columns):
                         slope[k] += step * curvature[k]
             if changed == 0:
@@ -108,13 +112,14 @@ def descend_heads(gradient, columns_hessian, rows_hessian, scales, low, high, co
     """Coordinate descent on tr(H_row D H_col D^T). gradient [n, rows, columns] = H_row D H_col, kept up to date."""
     n, rows, columns = codes.shape
     for h in prange(n):
+        own = columns_hessian[h % columns_hessian.shape[0]]
         for _ in range(sweeps):
             changed = 0
             for i in range(rows):
                 for j in range(columns):
                     scale = scales[h, i, j]
                     old = codes[h, i, j]
-                    curvature = rows_hessian[h, i, i] * columns_hessian[h, j, j] * scale
+                    curvature = rows_hessian[h, i, i] * own[j, j] * scale
                     if curvature <= 0:
                         continue
                     new = min(max(np.rint(old - gradient[h, i, j] / curvature), low), high)
@@ -122,7 +127,7 @@ def descend_heads(gradient, columns_hessian, rows_hessian, scales, low, high, co
                         codes[h, i, j] = new
                         changed += 1
                         step = (new - old) * scale
-                        spread = columns_hessian[h, j]
+                        spread = own[j]
                         for other in range(rows):
                             pull, slope = step * rows_hessian[h, i, other], gradient[h, other]
                             for k in range(columns):

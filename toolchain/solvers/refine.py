@@ -61,7 +61,9 @@ def refit_scales(target: Tensor, codes: Tensor, grid: Grid, columns: Tensor, row
         left = target - levels * scales.repeat_interleave(size, -1)
         for i in range(codes.shape[1]):
             own = slice(i, i + 1)
-            pull = (rows[:, own] @ left) / rows[:, own, own]
+            curvature = rows[:, own, own]
+            # A row that the loss does not see stays as it is, and the others with it.
+            pull = (rows[:, own] @ left) / torch.where(curvature > 0, curvature, torch.ones_like(curvature))
             wanted = (target[:, own] - left[:, own] + pull) @ columns
             scales[:, own] = _solve_normals(normals[:, own], _moments(wanted, levels[:, own], groups), scales[:, own])
             left[:, own] = target[:, own] - levels[:, own] * scales[:, own].repeat_interleave(size, -1)
@@ -123,11 +125,10 @@ def descend(
         codes: [n, rows, columns].
     Returns: codes of a loss that is not higher, and their gradient.
     """
-    n, _, width = codes.shape
     low, high = code_range(grid.format.bits)
-    scales, _ = grid.expand(width)
+    scales, _ = grid.expand(codes.shape[2])
     result, slopes = (tensor.clone(memory_format=torch.contiguous_format).cpu() for tensor in (codes, gradient))
-    hessians = [columns.expand(n, width, width)] + ([] if rows is None else [rows])
+    hessians = [columns] if rows is None else [columns, rows]
     arrays = [tensor.contiguous().cpu().numpy() for tensor in (*hessians, scales)]
     kernel = kernels.descend_rows if rows is None else kernels.descend_heads
     kernel(slopes.numpy(), *arrays, low, high, result.numpy(), sweeps)

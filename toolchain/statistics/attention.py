@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from toolchain import distributed
-from toolchain.statistics.covariance import mirrored, panels
+from toolchain.statistics.covariance import gram_root, mirrored, panels
 from toolchain.statistics.gauss_newton import GaussNewtonRows
 from toolchain.text import spread
 
@@ -175,7 +175,7 @@ class AttentionRecorder:
         gauss_newton: GaussNewtonRows | None = None,
     ) -> None:
         self.logits, self.stops, self.gauss_newton = logits, stops, gauss_newton
-        self._mixing = None if output_overlap is None else _root(output_overlap)
+        self._mixing = None if output_overlap is None else gram_root(output_overlap)
         new = like.new_zeros
         self.keys = new(groups, head_dim, head_dim)
         self.queries = new(heads, head_dim, head_dim)
@@ -269,9 +269,3 @@ class AttentionRecorder:
         if self.values is None:
             return None
         return mirrored(self.values)
-
-
-def _root(overlap: Tensor) -> Tensor:
-    """L with L^T L = M, of Gram matrices M [n, g, g]."""
-    values, vectors = torch.linalg.eigh(overlap.to(torch.float64))
-    return (values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT).to(overlap.dtype)

@@ -86,3 +86,9 @@ class CrossCovariance:
     def mean(self) -> Tensor:
         """What was accumulated."""
         return self.total * (2.0 / self.weight)
+
+
+def gram_root(gram: Tensor) -> Tensor:
+    """L [n, g, g] with L^T L = M, of Gram matrices M [n, g, g] of any rank."""
+    values, vectors = torch.linalg.eigh(gram.to(torch.float64))
+    return (values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT).to(gram.dtype)

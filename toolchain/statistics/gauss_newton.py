@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from toolchain import distributed
+from toolchain.statistics.covariance import gram_root
 from toolchain.statistics.head_norm import HeadNorm
 from toolchain.statistics.rope import turn_back
 
@@ -52,10 +53,8 @@ class GaussNewtonRows:
         head_norms: Mapping[str, HeadNorm] | None = None,
     ) -> None:
         by_head = output_weight.view(-1, heads, head_dim).transpose(0, 1)
-        gram = (by_head.mT @ by_head).to(torch.float64)
-        gram += torch.diag_embed(1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, head_dim))
-        # |W_O,h y| = |y root|: the outputs themselves are never formed.
-        self._root = torch.linalg.cholesky(gram).to(output_weight.dtype)
+        # |W_O,h y| = |y root|: the outputs themselves are never formed. A head may be of low rank, or switched off.
+        self._root = gram_root(by_head.mT @ by_head).mT
         self._inv_freq, self._count, self._scaling, self._norms = inv_freq, per_sequence, scaling, head_norms or {}
         self._generator = torch.Generator().manual_seed(0)
         self.queries = output_weight.new_zeros(heads, head_dim, head_dim)
