@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 from benchmarks.accuracy import Benchmark, parse
 from benchmarks.charts import pyplot, save
 from benchmarks.contenders import OURS_PREFIX, own_contenders
+from benchmarks.lines import Line, lines_of
 from benchmarks.ours import STEPS
-from benchmarks.report import OURS_COLOURS, Outcome, Protocol
+from benchmarks.report import OURS_COLOURS, seeds_of, stated
+from benchmarks.results import Outcome, rows_of
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import write_json, write_text
 from boa_edge.quiet import quiet_libraries, quiet_transformers
@@ -29,6 +30,8 @@ _HEAD = "| step | KL (nats/token) | of the step before | seconds | CPU seconds |
 def main() -> None:
     """The command line of `benchmarks.accuracy`."""
     arguments = parse(sys.argv[1:])
+    if arguments.redraw or arguments.keep:
+        sys.exit("error: --redraw and --keep are for benchmarks.accuracy alone.")
     quiet_libraries()
     quiet_transformers()
     try:
@@ -39,41 +42,46 @@ def main() -> None:
     print(json.dumps({"rows": rows, "output": str(arguments.output)}, separators=(",", ":")))
 
 
-def write(output: Path, outcomes: list[Outcome], protocol: Protocol) -> None:
+def write(output: Path, outcomes: Sequence[Outcome]) -> None:
     """All files, anew."""
-    write_json(output / "ablation.json", [outcome.row for outcome in outcomes if outcome.row])
-    settings = list(dict.fromkeys(outcome.setting for outcome in outcomes))
-    seeds = ", ".join(map(str, protocol.seeds))
+    rows = rows_of(outcomes)
+    write_json(output / "ablation.json", rows)
+    settings = list(dict.fromkeys(outcome.title for outcome in outcomes))
     parts = [
         "# What each addition is worth",
-        f"{protocol.model}, calibrated on {protocol.calibration} (seeds {seeds}), evaluated on {protocol.text}; "
+        f"{stated(outcomes, 'model')}, calibrated on {stated(outcomes, 'calibration')} (seeds "
+        f"{', '.join(map(str, seeds_of(outcomes)))}), evaluated on {stated(outcomes, 'text')}; "
         "embedding, head and norms in float32. From BoA on every step has all that stands above it. Seconds are of "
         "quantization alone; CPU seconds add up all cores.",
         "![KL, time and memory by step](ablation.svg)",
     ]
     for setting in settings:
         lines = [_HEAD]
-        before: float | None = None
-        for name, rows in _by_step(setting, outcomes).items():
-            kl, seconds, cpu = (fmean(row[key] for row in rows) for key in ("kl", "seconds", "cpu_seconds"))
-            ratio = "" if before is None else f"{kl / before:.3f}"
-            peak = max(row["peak_mb"] for row in rows)
-            lines.append(f"| {name} | {kl:.4f} | {ratio} | {seconds:.0f} | {cpu:.0f} | {peak} |")
-            before = kl
+        before: Line | None = None
+        for name, line in _by_step(setting, outcomes).items():
+            figures = f"{line.mean('seconds'):.0f} | {line.mean('cpu_seconds'):.0f}"
+            peak = max(row["peak_mb"] for row in line.rows)
+            lines.append(f"| {name} | {line.mean('kl'):.4f} | {_beside(line, before)} | {figures} | {peak} |")
+            before = line
         parts += [f"## {setting}", "\n".join(lines)]
-    write_text(output / "ablation.md", "\n\n".join(parts) + f"\n\n{protocol.version}\n")
+    versions = ", ".join(dict.fromkeys(row["version"] for row in rows))
+    write_text(output / "ablation.md", "\n\n".join(parts) + f"\n\n{versions}\n")
     draw(output, settings, outcomes)
 
 
-def _by_step(setting: str, outcomes: list[Outcome]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for outcome in outcomes:
-        if outcome.setting == setting and outcome.row:
-            found.setdefault(outcome.method.removeprefix(OURS_PREFIX), []).append(outcome.row)
-    return found
+def _beside(line: Line, before: Line | None) -> str:
+    """A step's KL over that of the step before, or that it is one on paper only: its limits bind nothing."""
+    ratio = None if before is None else line.over(before)
+    if before is not None and (line.seeds, line.kls) == (before.seeds, before.kls):
+        return "nothing changes at this size of text"
+    return "" if ratio is None else f"{ratio:.3f}"
 
 
-def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
+def _by_step(setting: str, outcomes: Sequence[Outcome]) -> dict[str, Line]:
+    return {line.method.removeprefix(OURS_PREFIX): line for line in lines_of(setting, outcomes)}
+
+
+def draw(output: Path, settings: list[str], outcomes: Sequence[Outcome]) -> None:
     """Three panels per setting, a bar per step: KL on a log axis, CPU seconds, peak memory."""
     plt = pyplot()
     from matplotlib.ticker import NullFormatter
@@ -94,7 +102,7 @@ def draw(output: Path, settings: list[str], outcomes: list[Outcome]) -> None:
     )
     for line, (setting, steps) in zip(axes, tables.items(), strict=True):
         for axis, (key, title) in zip(line, panels, strict=True):
-            values = [fmean(row[key] for row in rows) for rows in steps.values()]
+            values = [step.mean(key) for step in steps.values()]
             axis.barh(range(len(values)), values, color=OURS_COLOURS[2], height=0.62, log=key == "kl")
             for place, value in enumerate(values):
                 text = f"{value:.3g}" if key == "kl" else f"{value:.0f}"

@@ -1,22 +1,21 @@
 """This project's methods and every peer side by side: one model, the same calibration tokens, one evaluator.
 
     python -m benchmarks.accuracy --calibration valid.txt --text test.txt -o docs/benchmarks
+    python -m benchmarks.accuracy --redraw -o docs/benchmarks
 
 Each quantization runs in a process of its own, one at a time; what it leaves is the float weights that its codes stand
 for. They are put into the original, and KL(original || quantized) is measured on held-out text. Everything is kept in
-the work directory by what decides it, so that a run that is stopped goes on where it stopped. Writes accuracy.json,
-accuracy.md and accuracy.svg/.png, anew after every group of runs.
+the work directory by what decides it, so that a run that is stopped goes on where it stopped. Writes accuracy.json and
+accuracy-failed.json, and from these accuracy.md and accuracy.svg/.png, anew after every group of runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,14 +27,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.contenders import Contender, Setting, chosen, fitting
-from benchmarks.kept import beside
-from benchmarks.ours import AT, recipe_for
+from benchmarks.identity import document_hash, own_source, own_version, tensor_hash
+from benchmarks.kept import Write, beside
+from benchmarks.ours import AT, name_of, recipe_for
 from benchmarks.peers.harness import SUMMARY_FILE, WEIGHTS_FILE
-from benchmarks.peers.table import NOT_RUN, EnvironmentMissingError, Peer, identity, python_of
+from benchmarks.peers.table import EnvironmentMissingError, Peer, identity, python_of
 from benchmarks.quantizer import ROOT, QuantizerError, run_quantizer
-from benchmarks.report import Outcome, Protocol, write_report
+from benchmarks.report import write_report
+from benchmarks.results import Outcome, read_results
 from benchmarks.source import exported
-from boa_edge.errors import BoaEdgeError
+from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import output_directory, read_json, write_json
 from boa_edge.progress import say
 from boa_edge.quiet import quiet_libraries, quiet_transformers
@@ -45,6 +46,7 @@ from toolchain.checkpoint import ACTIVATIONS
 from toolchain.loading import load_source
 from toolchain.metrics import evaluate_all
 from toolchain.products import fast_products
+from toolchain.recipe import Recipe
 from toolchain.text import read_text, sequences, tokenize
 
 SETTINGS = "w4g32,w4g32a8,w4g128asym,w4asym,w3asym,w2asym"
@@ -66,16 +68,38 @@ def main() -> None:
 
 def compare(arguments: argparse.Namespace) -> list[Outcome]:
     """Do what is asked for, and write it."""
-    write = beside(arguments.output / "accuracy.json", write_report) if arguments.keep else write_report
-    return Benchmark(arguments, chosen(arguments.methods)).run(write)
+    if arguments.redraw:
+        return redraw(arguments)
+    benchmark = Benchmark(arguments, chosen(arguments.methods))
+    write = beside(arguments.output, benchmark.protocol, write_report) if arguments.keep else write_report
+    return benchmark.run(write)
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def redraw(arguments: argparse.Namespace) -> list[Outcome]:
+    """Write everything again from the results that are there."""
+    known = {} if arguments.model is None else {"model": arguments.model}
+    length = arguments.length
+    if arguments.text is not None:
+        known["text"] = _amount(arguments.tokens // length, length, arguments.text)
+    if arguments.calibration is not None:
+        known["calibration"] = _amount(arguments.sequences, length, arguments.calibration)
+    outcomes = read_results(arguments.output, known, "Measure anew; --model, --text and --calibration name theirs")
+    if not outcomes:
+        raise UsageError("holds no results", where=arguments.output)
+    write_report(arguments.output, outcomes)
+    return outcomes
+
+
+def _amount(count: int, length: int, text: Path) -> str:
+    return f"{count} x {length} tokens of {text.name}"
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
     """The request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--calibration", type=Path, required=True, help="text file")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text file")
+    parser.add_argument("--model", help="as for `boa-edge quantize` (default)")
+    parser.add_argument("--calibration", type=Path, help="text file")
+    parser.add_argument("--text", type=Path, help="held-out text file")
     parser.add_argument("--settings", default=SETTINGS, help=f"weight formats as in a recipe's name ({SETTINGS})")
     parser.add_argument("--methods", default="", help="only methods whose label has one of these, comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="of the choice of calibration text")
@@ -86,9 +110,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     cache = Path(os.environ.get("BOA_EDGE_CACHE") or ROOT / ".cache").expanduser().absolute()
     parser.add_argument("--work", type=Path, default=cache / "bench-accuracy", help="where results are kept")
     parser.add_argument("--environments", type=Path, default=cache / "peers", help="where peers are installed")
-    parser.add_argument("--keep", action="store_true", help="rows of OUTPUT/accuracy.json that are not made anew stay")
+    parser.add_argument("--keep", action="store_true", help="results in OUTPUT that are not made anew stay")
+    parser.add_argument("--redraw", action="store_true", help="only write OUTPUT again, from the results in it")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    return parser.parse_args(words)
+    given = parser.parse_args(words)
+    if not given.redraw and (given.calibration is None or given.text is None):
+        parser.error("--calibration and --text are required")
+    return given
 
 
 class Benchmark:
@@ -99,10 +127,11 @@ class Benchmark:
         self.work: Path = arguments.work.absolute()
         self.seeds = [int(seed) for seed in arguments.seeds.split(",")]
         self.contenders = methods
-        self.source = load_source(arguments.model)
-        self.settings = [fitting(name, self.source) for name in arguments.settings.split(",")]
+        self.source = load_source(arguments.model or "default")
+        settings = [fitting(name, self.source) for name in arguments.settings.split(",")]
+        self.settings = list({setting.name: setting for setting in settings}.values())
         self.model = self._export()
-        self.model_key = _hash(self.source.files)
+        self.model_key = document_hash(self.source.files)
         tokenizer = self.source.tokenizer
         self.calibration = tokenize(read_text(arguments.calibration), tokenizer)
         held_out = tokenize(read_text(arguments.text), tokenizer)[: arguments.tokens]
@@ -112,16 +141,21 @@ class Benchmark:
         self.failed: dict[Path, str] = {}
         self.own_version = own_version()
         self.own_source = own_source()
+        self.protocol = {
+            "model": self.source.identity,
+            "text": _amount(self.rows.shape[0], arguments.length, arguments.text),
+            "calibration": _amount(arguments.sequences, arguments.length, arguments.calibration),
+        }
 
     @fast_products()
-    def run(self, write: Callable[[Path, list[Outcome], Protocol], None]) -> list[Outcome]:
+    def run(self, write: Write) -> list[Outcome]:
         """Quantize, evaluate and write, setting by setting and seed by seed."""
         outcomes: list[Outcome] = []
         for setting in self.settings:
             for seed in self.seeds:
                 outcomes += self._group(setting, seed)
                 self.arguments.output.mkdir(parents=True, exist_ok=True)
-                write(self.arguments.output, outcomes, self._protocol())
+                write(self.arguments.output, outcomes)
         return outcomes
 
     def _group(self, setting: Setting, seed: int) -> list[Outcome]:
@@ -150,11 +184,9 @@ class Benchmark:
         outcomes = []
         for contender, scheme in runs:
             run = (contender.label, scheme)
-            made = places.get(run)
-            row = self._row(contender, setting, seed, made, scheme) if made else None
-            notes = read_json(made / SUMMARY_FILE, "summary")["notes"] if made else []
-            title, own = setting.titled(scheme), contender.peer is None
-            outcomes.append(Outcome(title, contender.label, own, seed, row, failures.get(run), notes))
+            facts = self._asked(contender, setting, seed, scheme)
+            told = self._measured(contender, places[run], scheme) if run in places else {"reason": failures[run]}
+            outcomes.append(Outcome(facts | told))
         return outcomes
 
     def _quantize(self, contender: Contender, setting: Setting, seed: int, tokens: Path, scheme: str | None) -> Path:
@@ -168,12 +200,12 @@ class Benchmark:
             "format": asdict(wanted),
         }
         if peer is None:
-            recipe = recipe_for(variant, wanted.bits, wanted.group_size, wanted.symmetric, scheme)
+            recipe = _recipe(contender, setting, scheme)
             variant = variant if scheme is None else f"{variant}{AT}{scheme}"
             decides |= {"recipe": recipe.model_dump(), "source": self.own_source, "seed": None}
         else:
             decides |= {"script": peer.script, "identity": identity(peer)}
-        place = self.work / "runs" / _hash(decides)
+        place = self.work / "runs" / document_hash(decides)
         if (place / self._evaluation(scheme)).exists() or (place / WEIGHTS_FILE).exists():
             return place
         if place in self.failed:  # by another seed, which the method does not read
@@ -239,54 +271,40 @@ class Benchmark:
         group = read_json(place / "request.json", "request")["format"]["group_size"]
         return ActivationPlan(ActivationFormat(scheme), dict.fromkeys(self.source.spec.linear_inputs(), group))
 
-    def _row(
-        self, contender: Contender, setting: Setting, seed: int, place: Path, scheme: str | None
-    ) -> dict[str, Any]:
-        summary = read_json(place / SUMMARY_FILE, "summary")
-        score = read_json(place / self._evaluation(scheme), "evaluation")
-        version = self.own_version if contender.peer is None else summary["version"]
+    def _asked(self, contender: Contender, setting: Setting, seed: int, scheme: str | None) -> dict[str, Any]:
+        """What is known of an outcome beforehand."""
         return {
             "method": contender.label,
             "ours": contender.peer is None,
             "setting": setting.name,
+            "asked": setting.asked,
             **asdict(setting.format),
             "activations": scheme,
+            "recipe": None if contender.peer else name_of(_recipe(contender, setting, scheme)),
             "seed": seed,
             "calibrated": contender.calibrated,
-            "kl": score["kl"],
-            "perplexity": score["perplexity"],
-            "reference_perplexity": score["reference_perplexity"],
-            "top1": score["top1"],
-            "seconds": summary["seconds"],
-            "cpu_seconds": summary["cpu_seconds"],
-            "peak_mb": summary["peak_mb"],
-            "version": version,
-            "date": summary["date"],
-            "machine": summary["machine"],
-            "calibration": self._calibration(),
-            "notes": summary["notes"],
+            **self.protocol,
         }
 
-    def _calibration(self) -> str:
-        given = self.arguments
-        return f"{given.sequences} x {given.length} tokens of {given.calibration.name}"
-
-    def _protocol(self) -> Protocol:
-        given = self.arguments
-        changed = {setting.asked: setting.name for setting in self.settings if setting.asked != setting.name}
-        return Protocol(
-            model=self.source.identity,
-            calibration=self._calibration(),
-            seeds=self.seeds,
-            text=f"{self.rows.shape[0]} x {self.rows.shape[1]} tokens of {given.text.name}",
-            version=self.own_version,
-            changed_groups=changed,
-            not_run=NOT_RUN if any(contender.peer for contender in self.contenders) else {},
-        )
+    def _measured(self, contender: Contender, place: Path, scheme: str | None) -> dict[str, Any]:
+        summary = read_json(place / SUMMARY_FILE, "summary")
+        score = read_json(place / self._evaluation(scheme), "evaluation")
+        return {
+            **{name: score[name] for name in ("kl", "perplexity", "reference_perplexity", "top1")},
+            **{name: summary[name] for name in ("seconds", "cpu_seconds", "peak_mb")},
+            "version": self.own_version if contender.peer is None else summary["version"],
+            **{name: summary[name] for name in ("date", "machine", "notes")},
+        }
 
     def _export(self) -> Path:
         """The original as a Hugging Face directory, which every quantizer reads."""
-        return exported(self.source, self.work / "models" / _hash(self.source.files))
+        return exported(self.source, self.work / "models" / document_hash(self.source.files))
+
+
+def _recipe(contender: Contender, setting: Setting, scheme: str | None) -> Recipe:
+    """Of a method of ours."""
+    form = setting.format
+    return recipe_for(contender.variant, form.bits, form.group_size, form.symmetric, scheme)
 
 
 def with_weights(
@@ -313,33 +331,6 @@ def calibration_rows(tokens: Tensor, count: int, length: int, seed: int) -> Tens
     offset = int(torch.randint(min(length, spare + 1), (), generator=generator))
     windows = tokens[offset : offset + (tokens.numel() - offset) // length * length].view(-1, length)
     return windows[torch.randperm(windows.shape[0], generator=generator)[:count]].contiguous()
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """Of a tensor's shape and values."""
-    return hashlib.sha256(f"{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes()).hexdigest()[:12]
-
-
-def own_source() -> str:
-    """Of the sources that decide what this project's methods make."""
-    digest = hashlib.sha256()
-    for file in sorted((ROOT / "toolchain").rglob("*.py")):
-        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def own_version() -> str:
-    """The commit, `-dirty` where the tree has changes."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return f"boa-edge {done.stdout.strip()}" if done.returncode == 0 else "unknown"
-
-
-def _hash(document: Any) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

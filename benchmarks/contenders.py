@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.ours import OURS, SCHEMES, Own
-from benchmarks.peers.table import PEERS, Format, Peer
+from benchmarks.peers.table import NOT_RUN, PEERS, Format, Peer
+from benchmarks.results import Outcome
 from boa_edge.errors import UsageError
 from toolchain.loading import SourceModel
 from toolchain.recipe import load_recipe
@@ -27,10 +28,6 @@ class Setting:
     asked: str
     format: Format
     schemes: tuple[str | None, ...] = (None,)
-
-    def titled(self, scheme: str | None) -> str:
-        """The name of one of its tables."""
-        return self.name if scheme is None else f"{self.name} {scheme}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,17 @@ def chosen(words: str) -> list[Contender]:
     return [one for one in found if not wanted or one.label.lower() in wanted]
 
 
-def gaps(setting: Setting, there: Collection[str]) -> list[str]:
-    """The peers that have a setting's format and are not among the methods that stand in its table."""
-    return [one.label for one in contenders() if one.peer and one.label not in there and one.refuses(setting) is None]
+def not_run(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Why others are in no table: what cannot run at all, then the peers that no run has asked for, and where. What was
+    asked for and failed stands in the tables.
+    """
+    missing: dict[str, list[str]] = {}
+    for title, facts in {outcome.title: outcome.facts for outcome in outcomes}.items():
+        scheme = facts["activations"]
+        form = Format(facts["bits"], facts["group_size"], facts["symmetric"])
+        setting = Setting(facts["setting"], facts["asked"], form, (None,) if scheme is None else SCHEMES)
+        there = {outcome.method for outcome in outcomes if outcome.title == title}
+        for one in contenders():
+            if one.peer and one.label not in there and one.refuses(setting) is None:
+                missing.setdefault(one.label, []).append(title)
+    return NOT_RUN | {f"{label} at {', '.join(titles)}": "no run of it there yet" for label, titles in missing.items()}

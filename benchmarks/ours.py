@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.peers.harness import Job, Made, main
+from boa_edge.errors import UsageError
 from boa_edge.files import write_json
 from boa_edge.quiet import quiet_libraries, quiet_transformers
+from exporters import EXPORTERS
 from toolchain.checkpoint import ACTIVATIONS
 from toolchain.guard import guard
 from toolchain.loading import load_source
@@ -23,7 +26,9 @@ from toolchain.run import quantize_model
 
 AT = "@"  # between a variant and the scheme of its activations
 SCHEMES = ("per_block", "per_token")
-RECOMMENDED_TRANSFORMS = ("smooth",)
+# They change nothing but what a quantized table meets, and here the tables stay in floating point.
+_FOR_TABLES = ("rotatetable",)
+_GUARD_SHARE = 8  # one calibration sequence in so many is the guard's
 
 
 @dataclass(frozen=True)
@@ -76,23 +81,50 @@ _ALL = OURS | STEPS
 VARIANTS = (*_ALL, *(f"{variant}{AT}{scheme}" for variant in OURS for scheme in SCHEMES))
 
 
+def product_recipe(scheme: str | None) -> Recipe:
+    """What the product takes where nobody names a recipe: for the runtime whose activations are of this scheme, or
+    (None) for any.
+    """
+    if scheme is None:
+        return load_recipe(DEFAULT_RECIPE)
+    recipes = [load_recipe(exporter.recipe) for exporter in EXPORTERS.values()]
+    return next(one for one in recipes if one.activations is not None and one.activations.scheme == scheme)
+
+
 def recipe_for(variant: str, bits: int, group_size: int | None, symmetric: bool, scheme: str | None = None) -> Recipe:
     """The recipe of a variant at a format; the embedding stays in floating point, as with every peer.
 
     Args:
         scheme: of quantized activations, for which alone the default recipe's transforms are; None: none are quantized.
     """
-    chosen = _ALL[variant].recipe
-    fields = load_recipe(DEFAULT_RECIPE).model_dump() if chosen is None else dict(chosen)
+    chosen, default = _ALL[variant].recipe, product_recipe(scheme)
+    fields = default.model_dump() if chosen is None else dict(chosen)
     weights = WeightFormat.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric})
     fields |= {"weights": weights.model_dump(), "embedding": None}
     if scheme is None:
         fields |= {"activations": None, "transforms": ()}
+    elif chosen is None:
+        fields["transforms"] = tuple(name for name in default.transforms if name not in _FOR_TABLES)
     else:
-        budget = {"budget": None} if chosen is not None else {}
-        fields["activations"] = {**(fields.get("activations") or {}), **budget, "scheme": scheme}
-        fields["transforms"] = RECOMMENDED_TRANSFORMS if chosen is None else ()
+        fields["activations"] = {"scheme": scheme, "budget": None}
     return Recipe.model_validate(fields)
+
+
+def name_of(recipe: Recipe) -> str | None:
+    """Its name, less that the embedding stays in floating point; None where no name says what its solver does."""
+    return recipe.name if recipe.solver is None else None
+
+
+def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What is calibrated on, and the sequences [n, length] at the end that the guard alone sees.
+
+    Raises:
+        UsageError: a single sequence.
+    """
+    if tokens.shape[0] < 2:
+        raise UsageError("one sequence is too few to calibrate on and to hold out of", where="--sequences")
+    count = max(1, tokens.shape[0] // _GUARD_SHARE)
+    return tokens[:-count], tokens[-count:]
 
 
 def make(job: Job) -> Made:
@@ -103,12 +135,14 @@ def make(job: Job) -> Made:
     made = Made()
     variant, _, scheme = job.variant.partition(AT)
     recipe = recipe_for(variant, job.bits, job.group_size, job.symmetric, scheme or None)
+    budget = None if recipe.activations is None else recipe.activations.budget
+    rows, guard_rows = (job.tokens, None) if budget is None else split(job.tokens)
     with made.timed():
-        prepared = prepare(source, recipe, job.tokens)
+        prepared = prepare(source, recipe, rows)
         plan = prepared.activations
-        quantized = quantize_model(prepared.source, recipe, job.tokens, activations=plan)
-        if plan is not None and recipe.activations is not None:
-            plan = guard(prepared.source, quantized, plan, job.tokens, recipe.activations.budget).plan
+        quantized = quantize_model(prepared.source, recipe, rows, activations=plan)
+        if plan is not None and guard_rows is not None:
+            plan = guard(prepared.source, quantized, plan, guard_rows, budget).plan
     with torch.inference_mode():
         made.weights = {f"{name}.weight": weight.dequantize() for name, weight in quantized.weights.items()}
     original = dict(source.model.named_parameters())
@@ -118,6 +152,14 @@ def make(job: Job) -> Made:
     if plan is not None:
         write_json(job.out / ACTIVATIONS, plan.to_document())
         made.notes.append(f"{len(plan.kept)} linears keep floating-point activations")
+    if guard_rows is not None:
+        made.notes.append(f"calibrated on {len(rows)} of the sequences; the other {len(guard_rows)} are the guard's")
+    if _ALL[variant].recipe is None and scheme:
+        made.notes += [
+            f"without `{name}`, which changes nothing where the table stays in floating point"
+            for name in product_recipe(scheme).transforms
+            if name not in recipe.transforms
+        ]
     return made
 
 

@@ -1,15 +1,18 @@
-"""What the accuracy benchmark writes: accuracy.json, accuracy.md and a chart."""
+"""What the accuracy benchmark writes: its results, and from nothing but these accuracy.md and a chart."""
 
 from __future__ import annotations
 
+import re
 import textwrap
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from benchmarks.charts import pyplot, save
-from boa_edge.files import write_json, write_text
+from benchmarks.contenders import not_run
+from benchmarks.lines import Line, beside_peers, lines_of
+from benchmarks.results import Outcome, in_order, rows_of, write_results
+from boa_edge.files import write_text
 
 OURS_COLOURS = ("#08306b", "#2171b5", "#4292c6", "#6baed6", "#9ecae1")
 PEER_COLOURS = ("#7f2704", "#d94801", "#f16913", "#a63603", "#cc7a29", "#e6a04d", "#8c6239", "#c49a6c")
@@ -27,100 +30,72 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One method at one setting and seed: a row with figures, or the reason why there is none."""
-
-    setting: str
-    method: str
-    ours: bool
-    seed: int
-    row: dict[str, Any] | None
-    reason: str | None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How the figures were made.
-
-    Attributes:
-        changed_groups: settings whose group size was halved, by the name that was asked for.
-        not_run: methods that cannot run at all, with the reason.
-    """
-
-    model: str
-    calibration: str
-    seeds: list[int]
-    text: str
-    version: str
-    changed_groups: dict[str, str]
-    not_run: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Line:
-    """A method's rows at one setting, over the seeds."""
-
-    method: str
-    ours: bool
-    rows: list[dict[str, Any]]
-
-    def mean(self, key: str) -> float:
-        return fmean(row[key] for row in self.rows)
-
-    @property
-    def kls(self) -> list[float]:
-        return [row["kl"] for row in self.rows]
-
-
-def write_report(output: Path, outcomes: list[Outcome], protocol: Protocol) -> None:
+def write_report(output: Path, outcomes: Sequence[Outcome]) -> None:
     """Write all files, anew."""
-    write_json(output / "accuracy.json", [outcome.row for outcome in outcomes if outcome.row])
-    write_text(output / "accuracy.md", markdown(outcomes, protocol))
+    outcomes = in_order(outcomes)
+    write_results(output, outcomes)
+    write_text(output / "accuracy.md", markdown(outcomes))
     draw(output, outcomes)
 
 
-def markdown(outcomes: list[Outcome], protocol: Protocol) -> str:
+def markdown(outcomes: Sequence[Outcome]) -> str:
     """The tables, with everything that did not run and why."""
-    settings = list(dict.fromkeys(outcome.setting for outcome in outcomes))
-    parts = [
-        "# Accuracy beside other quantizers",
-        _protocol(outcomes, protocol),
-        "![KL by setting and method](accuracy.svg)",
-    ]
-    for setting in settings:
-        parts += [f"## {setting}: {_words(setting)}", _table(setting, outcomes)]
+    parts = ["# Accuracy beside other quantizers", _protocol(outcomes), "![KL by setting and method](accuracy.svg)"]
+    for title in dict.fromkeys(outcome.title for outcome in outcomes):
+        parts += [f"## {title}: {_words(title)}", _table(title, outcomes)]
     parts += _notes(outcomes)
-    if protocol.not_run:
-        lines = [f"- **{method}**: {reason}" for method, reason in protocol.not_run.items()]
-        parts += ["## Not run", "\n".join(lines)]
+    parts += ["## Not run", "\n".join(f"- **{method}**: {reason}" for method, reason in not_run(outcomes).items())]
     return "\n\n".join(parts) + "\n"
 
 
-def _protocol(outcomes: list[Outcome], protocol: Protocol) -> str:
-    references = [outcome.row["reference_perplexity"] for outcome in outcomes if outcome.row]
-    perplexity = f" Its perplexity there is {references[0]:.2f}." if references else ""
-    seeds = ", ".join(map(str, protocol.seeds))
+def stated(outcomes: Sequence[Outcome], field: str) -> str:
+    """What the outcomes say of the protocol."""
+    return ", ".join(dict.fromkeys(outcome.facts[field] for outcome in outcomes))
+
+
+def seeds_of(outcomes: Sequence[Outcome]) -> list[int]:
+    """Those that have chosen calibration text for a figure."""
+    rows = rows_of(outcomes)
+    return sorted({row["seed"] for row in rows if row["calibrated"]} or {row["seed"] for row in rows})
+
+
+def _protocol(outcomes: Sequence[Outcome]) -> str:
+    rows = rows_of(outcomes)
+    perplexity = f" Its perplexity there is {rows[0]['reference_perplexity']:.2f}." if rows else ""
     lines = [
-        f"Model: {protocol.model}. Every linear of every decoder block is quantized; embedding, head and norms stay in",
-        f"float32. Calibration: {protocol.calibration}, the same token ids for every method; seeds {seeds} choose the",
-        "windows. Methods that need no calibration give the same figures for every seed.",
-        f"Evaluation: {protocol.text}, one evaluator for all: KL(original || quantized), teacher-forced, of the float",
-        f"weights that each method's integer codes stand for.{perplexity} Seconds are those of quantization alone,",
+        f"Model: {stated(outcomes, 'model')}. Every linear of every decoder block is quantized; embedding, head and",
+        f"norms stay in float32. Calibration: {stated(outcomes, 'calibration')}, the same token ids for every method;",
+        f"{_seeds(outcomes)}",
+        "Methods that need no calibration give the same figures for every seed.",
+        f"Evaluation: {stated(outcomes, 'text')}, one evaluator for all: KL(original || quantized), teacher-forced,",
+        f"of the float weights that each method's integer codes stand for.{perplexity} Ratios are to the best other",
+        "tool, each over the seeds that both methods have. Seconds are those of quantization alone,",
         "without imports and loading, mean over seeds; CPU seconds add up what all cores computed in them, which a",
         "shared machine changes least; peak MB is the process's largest resident size. Every method",
         "has its tool's defaults unless a note says otherwise; every weight was checked to be on the grid it claims.",
     ]
     text = "\n".join(lines)
-    for asked, used in protocol.changed_groups.items():
-        group = asked.partition("g")[2].removesuffix("asym")
+    changed = {(each.facts["asked"], each.facts["setting"]) for each in outcomes}
+    for asked, used in sorted(pair for pair in changed if pair[0] != pair[1]):
+        group = "".join(re.findall(r"g(\d+)", asked))
         text += (
             f"\n\n**{asked} became {used}**: {group} does not divide every linear's inputs in this model. There\n"
             "llm-compressor, torchao and quanto refuse, GPTQModel and AutoRound make a row's last group smaller, and\n"
             "HQQ lets groups run over the ends of rows, so that figures would not compare."
         )
-    return f"{text}\n\n{_made([outcome.row for outcome in outcomes if outcome.row])}"
+    return f"{text}\n\n{_made(rows)}"
+
+
+def _seeds(outcomes: Sequence[Outcome]) -> str:
+    """Which there are, and whether every method has them all."""
+    seeds = seeds_of(outcomes)
+    if not seeds:
+        return "no seed has figures yet."
+    words = f"seed {seeds[0]} chooses" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))} choose"
+    lines = [line for title in {each.title for each in outcomes} for line in lines_of(title, outcomes)]
+    if all(line.seeds == seeds for line in lines if line.calibrated):
+        return f"{words} the windows."
+    return f"{words} the windows. Not every method has them all: where figures name their seeds, means are over these."
 
 
 def _made(rows: list[dict[str, Any]]) -> str:
@@ -145,54 +120,69 @@ def _letters(rows: list[dict[str, Any]]) -> dict[str, str]:
     return {machine: chr(ord("A") + index) for index, machine in enumerate(dict.fromkeys(r["machine"] for r in rows))}
 
 
-def _table(setting: str, outcomes: list[Outcome]) -> str:
-    lines = _lines(setting, outcomes)
-    peers = [line.mean("kl") for line in lines if not line.ours]
-    best = min(peers) if peers else None
-    machines = _letters([outcome.row for outcome in outcomes if outcome.row])
+def _table(title: str, outcomes: Sequence[Outcome]) -> str:
+    lines = _best_first(title, outcomes)
+    seeds = seeds_of(outcomes)
+    machines = _letters(rows_of(outcomes))
     columns = [*_COLUMNS, *(["on"] if len(machines) > 1 else [])]
     text = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in lines:
-        first = line.rows[0]
         name = f"**{line.method}**" if line.ours else line.method
-        seeds = " / ".join(f"{kl:.4f}" for kl in line.kls) if first["calibrated"] else "no calibration"
-        ratio = f"{line.mean('kl') / best:.2f}" if best else ""
-        figures = f"{line.mean('kl'):.4f} | {seeds} | {ratio} | {line.mean('perplexity'):.2f} | {line.mean('top1'):.1%}"
-        peak = max(row["peak_mb"] for row in line.rows)
-        where = ", ".join(dict.fromkeys(machines[row["machine"]] for row in line.rows))
-        cells = [name, figures, f"{line.mean('seconds'):.0f}", f"{line.mean('cpu_seconds'):.0f}", str(peak), where]
-        text.append(f"| {' | '.join(cells[: None if len(machines) > 1 else -1])} |")
-    for method, reason in _reasons(setting, outcomes).items():
+        ratio = beside_peers(line, lines)
+        cells = [
+            name,
+            f"{line.mean('kl'):.4f}",
+            _by_seed(line, seeds),
+            "" if ratio is None else f"{ratio:.2f}",
+            f"{line.mean('perplexity'):.2f}",
+            f"{line.mean('top1'):.1%}",
+            f"{line.mean('seconds'):.0f}",
+            f"{line.mean('cpu_seconds'):.0f}",
+            str(max(row["peak_mb"] for row in line.rows)),
+            ", ".join(dict.fromkeys(machines[row["machine"]] for row in line.rows)),
+        ]
+        text.append(f"| {' | '.join(cells[: len(columns)])} |")
+    for method, reason in _reasons(title, outcomes).items():
         text.append(f"| {method} | {reason.replace('|', '/')} |" + " |" * (len(columns) - 2))
     return "\n".join(text)
 
 
-def _lines(setting: str, outcomes: list[Outcome]) -> list[_Line]:
-    """A setting's methods with figures, the best first."""
-    found: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.setting == setting and outcome.row:
-            found.setdefault(outcome.method, []).append(outcome)
-    lines = [_Line(method, group[0].ours, [one.row for one in group if one.row]) for method, group in found.items()]
-    return sorted(lines, key=lambda line: line.mean("kl"))
+def _by_seed(line: Line, seeds: list[int]) -> str:
+    """Its figures, with their seeds where it does not have them all."""
+    if not line.calibrated:
+        return "no calibration"
+    named = line.seeds != seeds
+    return " / ".join((f"{row['seed']}: " if named else "") + f"{row['kl']:.4f}" for row in line.rows)
 
 
-def _reasons(setting: str, outcomes: list[Outcome]) -> dict[str, str]:
-    """Why a setting's methods have no figures, or not for every seed."""
-    reasons: dict[str, str] = {}
-    for outcome in outcomes:
-        if outcome.setting == setting and outcome.reason:
-            reasons.setdefault(outcome.method, outcome.reason)
-    return reasons
+def _best_first(title: str, outcomes: Sequence[Outcome]) -> list[Line]:
+    return sorted(lines_of(title, outcomes), key=lambda line: line.mean("kl"))
 
 
-def _notes(outcomes: list[Outcome]) -> list[str]:
+def _reasons(title: str, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Why a table's methods have no figures, or not for every seed."""
+    with_figures = {line.method for line in lines_of(title, outcomes)}
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for one in outcomes:
+        if one.title == title and not one.row:
+            seeds.setdefault((one.method, one.facts["reason"]), []).append(str(one.seed))
+    reasons: dict[str, list[str]] = {}
+    for (method, reason), of in seeds.items():
+        told = f"seed {', '.join(of)}: {reason}" if method in with_figures else reason
+        reasons.setdefault(method, []).append(told)
+    return {method: "; ".join(told) for method, told in reasons.items()}
+
+
+def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     notes: dict[str, list[str]] = {}
-    for outcome in outcomes:
-        version = outcome.row["version"] if outcome.row and not outcome.ours else None
-        for note in [*([version] if version else []), *outcome.notes]:
-            if note not in notes.setdefault(outcome.method, []):
-                notes[outcome.method].append(note)
+    recipes: dict[str, list[str]] = {}
+    for row in rows_of(outcomes):
+        own = notes.setdefault(row["method"], [])
+        own += [note for note in ([] if row["ours"] else [row["version"]]) + row.get("notes", []) if note not in own]
+        if row.get("recipe"):
+            recipes.setdefault(row["method"], []).append(f"`{row['recipe']}`")
+    for method, names in recipes.items():
+        notes[method].insert(0, f"{', '.join(dict.fromkeys(names))}, with the embedding in floating point")
     lines = [f"- **{method}**: {'; '.join(told)}" for method, told in notes.items() if told]
     return ["## Notes", "\n".join(lines)] if lines else []
 
@@ -203,8 +193,8 @@ _RUNTIMES = {
 }
 
 
-def _words(setting: str) -> str:
-    form, _, scheme = setting.partition(" ")
+def _words(title: str) -> str:
+    form, _, scheme = title.partition(" ")
     name = form.removesuffix("a8")
     symmetric = not name.endswith("asym")
     bits, _, group = name.removesuffix("asym").removeprefix("w").partition("g")
@@ -213,16 +203,17 @@ def _words(setting: str) -> str:
     return f"{words}; {_RUNTIMES[scheme]}" if scheme else words
 
 
-def draw(output: Path, outcomes: list[Outcome]) -> None:
+def draw(output: Path, outcomes: Sequence[Outcome]) -> None:
     """KL by setting and method on a log axis: a panel per setting, the best on top, a dot per seed."""
     plt = pyplot()
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    settings = list(dict.fromkeys(outcome.setting for outcome in outcomes if outcome.row))
-    if not settings:
+    rows = rows_of(outcomes)
+    titles = dict.fromkeys(outcome.title for outcome in outcomes if outcome.row)
+    if not titles:
         return
-    panels = {setting: _lines(setting, outcomes) for setting in settings}
-    methods = list(dict.fromkeys((outcome.method, outcome.ours) for outcome in outcomes))
+    panels = {title: _best_first(title, outcomes) for title in titles}
+    methods = list(dict.fromkeys((row["method"], row["ours"]) for row in rows))
     own = [method for method, ours in methods if ours]
     others = [method for method, ours in methods if not ours]
     colours = {method: OURS_COLOURS[index % len(OURS_COLOURS)] for index, method in enumerate(own)}
@@ -232,7 +223,7 @@ def draw(output: Path, outcomes: list[Outcome]) -> None:
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(8.5, height), sharex=True, squeeze=False, height_ratios=counts, layout="constrained"
     )
-    for axis, (setting, lines) in zip(axes[:, 0], panels.items(), strict=True):
+    for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
         for place, line in enumerate(lines):
             colour, marker = colours[line.method], "o" if line.ours else "D"
             axis.plot([min(line.kls), max(line.kls)], [place, place], color=colour, lw=1.5, zorder=2)
@@ -252,7 +243,7 @@ def draw(output: Path, outcomes: list[Outcome]) -> None:
             label.set_color(OURS_COLOURS[0] if line.ours else PEER_COLOURS[0])
             label.set_fontweight("bold" if line.ours else "normal")
         axis.set_ylim(len(lines) - 0.4, -0.6)
-        axis.set_title(textwrap.fill(f"{setting}: {_words(setting)}", _TITLE), loc="left", fontsize=10)
+        axis.set_title(textwrap.fill(f"{title}: {_words(title)}", _TITLE), loc="left", fontsize=10)
         axis.set_xscale("log")
         axis.grid(axis="x", which="both", color="#e3e3e3", lw=0.6)
         axis.set_axisbelow(True)

@@ -5,8 +5,8 @@
 Planted: a few channels of what every norm puts out, and of what `up` does, carry values hundreds of times larger, with
 the weights that read them as much smaller; the float function is the same. Both models are quantized to 4 bits in
 groups of 32, the table to 8, with activations in floating point, then at 8 bits as each runtime computes with them: as
-they are, smoothed, rotated, both, with the head's inputs smoothed too, and the recommended recipe with its guard. KL is
-from the original, on text that calibrated nobody.
+they are, smoothed, rotated, both, the smoothed ones with what the head takes in rotated too, and the recommended recipe
+with its guard. KL is from the original, on text that calibrated nobody.
 Finished rows are kept in --work. Writes w4a8.json, w4a8.md and w4a8.svg/.png.
 """
 
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import calibration_rows, own_source, own_version, tensor_hash
+from benchmarks.accuracy import calibration_rows
 from benchmarks.charts import pyplot, save
+from benchmarks.identity import own_source, own_version, tensor_hash
 from benchmarks.report import OURS_COLOURS, PEER_COLOURS
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json, write_json, write_text

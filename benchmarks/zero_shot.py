@@ -8,7 +8,7 @@ best. Reports perplexity and KL on a held-out text, and, per kind of linear, |H_
 full-precision model's column Hessians after both are scaled to trace 1, averaged over the blocks. The same distance of
 a second sample of the real text is the noise floor. Writes zero_shot.json and zero_shot.md.
 
-Pieces that are finished are kept in --work and not done again.
+Pieces that are finished are kept in --work, each by what decides it, and not done again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,7 +28,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from boa_edge.files import write_json, write_text
+from benchmarks.identity import document_hash, own_source, tensor_hash
+from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.files import read_json, write_json, write_text
 from boa_edge.progress import say, track
 from boa_edge.quiet import quiet_libraries
 from toolchain.calibration.pool import Writer, asked, find_conventions, self_text, write_pool
@@ -49,12 +52,17 @@ _LABELS = {
 _QUANTIZED = ("real", "plain", "pool", "selected")
 
 
-def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: Path) -> dict[str, dict[str, Tensor]]:
-    """Tokens, and weights where there are any, by the name of the text."""
+def _texts(
+    source: SourceModel, size: CalibrationSize, calibration: Path, work: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tokens, and weights where there are any, by the name of the text; and the facts of the zero-shot one."""
+    real_text = tokenize(read_text(calibration), source.tokenizer)
+    lengths = [size.sequences, size.sequence_length]
+    own = [source.files, own_source(), *lengths]
+    facts_path = work / f"facts-{document_hash([*own, size.pool])}.json"
 
     def real() -> dict[str, dict[str, Tensor]]:
-        rows = sequences(tokenize(read_text(calibration), source.tokenizer), size.sequence_length, calibration)
-        rows = spread(rows, 2 * size.sequences)
+        rows = spread(sequences(real_text, size.sequence_length, calibration), 2 * size.sequences)
         return {"real": {"tokens": rows[::2]}, "real-again": {"tokens": rows[1::2]}}
 
     def plain() -> dict[str, dict[str, Tensor]]:
@@ -69,7 +77,7 @@ def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: 
         keep = work / "self-text"
         text = self_text(source, size, size.sequence_length, 0, keep)
         say(f"zero-shot text: {time.monotonic() - start:.0f} s, {text.facts}")
-        write_json(work / "facts.json", text.facts | {"seconds": round(time.monotonic() - start)})
+        write_json(facts_path, text.facts | {"seconds": round(time.monotonic() - start)})
         selected = {"tokens": text.sequences}
         if text.weights is not None:
             selected["weights"] = text.weights
@@ -81,18 +89,18 @@ def _texts(source: SourceModel, size: CalibrationSize, calibration: Path, work: 
         return {"selected": selected, "pool": {"tokens": pool.written.tokens[chosen]}}
 
     texts: dict[str, dict[str, Tensor]] = {}
-    makers: list[tuple[tuple[str, ...], Callable[[], dict[str, dict[str, Tensor]]]]] = [
-        (("real", "real-again"), real),
-        (("plain",), plain),
-        (("selected", "pool"), zero_shot),
+    makers: list[tuple[tuple[str, ...], Callable[[], dict[str, dict[str, Tensor]]], list[Any]]] = [
+        (("real", "real-again"), real, [tensor_hash(real_text), *lengths]),
+        (("plain",), plain, own),
+        (("selected", "pool"), zero_shot, [*own, size.pool]),
     ]
-    for names, make in makers:
-        paths = {name: work / f"text-{name}.safetensors" for name in names}
+    for names, make, decides in makers:
+        paths = {name: work / f"text-{name}-{document_hash(decides)}.safetensors" for name in names}
         if not all(path.exists() for path in paths.values()):
             for name, text in make().items():
                 save_file({part: tensor.contiguous() for part, tensor in text.items()}, paths[name])
         texts |= {name: load_file(path) for name, path in paths.items()}
-    return texts
+    return texts, read_json(facts_path, "what was written")
 
 
 @torch.inference_mode()
@@ -135,11 +143,24 @@ def _distances(truth: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, 
     return {kind: sum(values) / len(values) for kind, values in found.items()}
 
 
+def _recipe(name: str) -> Recipe:
+    """UsageError for what is not done here: texts are compared by the weights alone."""
+    recipe = load_recipe(name)
+    if recipe.transforms or recipe.activations is not None or recipe.kv_cache is not None:
+        problem = f"recipe {name!r} has transforms, or quantizes activations or the cache"
+        raise UsageError(f"{problem}; here only weights are quantized", where="--recipe", fix="Leave these out")
+    return recipe
+
+
 def _score(
-    source: SourceModel, recipe: Recipe, text: dict[str, Tensor], rows: Tensor, name: str, kept: Path
+    source: SourceModel, recipe: Recipe, text: dict[str, Tensor], rows: Tensor, name: str, work: Path
 ) -> dict[str, float]:
+    decides = [source.files, own_source(), recipe.model_dump(), tensor_hash(rows)]
+    decides += [{part: tensor_hash(tensor) for part, tensor in text.items()}]
+    kept = work / f"{recipe.name}-{name}-{document_hash(decides)}.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        found: dict[str, float] = read_json(kept, "a finished piece")
+        return found
     start = time.monotonic()
     quantized = quantize_model(source, recipe, text["tokens"], sequence_weights=text.get("weights"))
     seconds = time.monotonic() - start
@@ -157,8 +178,8 @@ def _score(
     return found
 
 
-@fast_products()
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="default")
     parser.add_argument("--recipe", default="w4g32-gptq", help="comma-separated: each is run on every text")
@@ -172,28 +193,35 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
     quiet_libraries()
+    try:
+        document = compare(arguments)
+    except BoaEdgeError as error:
+        sys.exit(f"error: {error}")
+    rows = sum(map(len, document["results"].values()))
+    print(json.dumps({"rows": rows, "output": str(arguments.output)}, separators=(",", ":")))
+
+
+@fast_products()
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Do what is asked for, and write it."""
+    recipes = {name: _recipe(name) for name in arguments.recipe.split(",")}
     source = load_source(arguments.model)
     size = CalibrationSize(sequences=arguments.sequences, sequence_length=arguments.length, pool=arguments.pool)
     rows = sequences(tokenize(read_text(arguments.text), source.tokenizer)[: arguments.tokens], 512, arguments.text)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        texts = _texts(source, size, arguments.calibration, work)
+        texts, facts = _texts(source, size, arguments.calibration, work)
         truth = _hessians(source, texts["real"], "statistics of real text")
         distances = {
             name: _distances(truth, _hessians(source, text, f"statistics of {_LABELS[name]}"))
             for name, text in texts.items()
             if name != "real"
         }
-        write_json(work / "distances.json", distances)
         results = {
-            recipe: {
-                name: _score(source, load_recipe(recipe), texts[name], rows, name, work / f"{recipe}-{name}.json")
-                for name in _QUANTIZED
-            }
-            for recipe in arguments.recipe.split(",")
+            written: {name: _score(source, recipe, texts[name], rows, name, work) for name in _QUANTIZED}
+            for written, recipe in recipes.items()
         }
-        facts = json.loads((work / "facts.json").read_text())
     settings = {
         "model": source.identity,
         "sequences": size.sequences,
@@ -207,7 +235,7 @@ def main() -> None:
     write_json(arguments.output / "zero_shot.json", document)
     write_text(arguments.output / "zero_shot.md", _markdown(document))
     say(_markdown(document))
-    print(json.dumps({"rows": len(results) * len(_QUANTIZED), "output": str(arguments.output)}, separators=(",", ":")))
+    return document
 
 
 def _markdown(document: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from benchmarks.peers.harness import Job, Made, block_linears, load_parameters, 
 
 def make(job: Job) -> Made:
     """Build for the CPU at int4, which is round to nearest in groups of 32 with int8 activations at run time."""
-    made = Made(notes=["needs no calibration data; packed q, k and v are taken apart again"])
+    made = Made(in_child=True, notes=["needs no calibration data; packed q, k and v are taken apart again"])
     with tempfile.TemporaryDirectory(dir=job.out) as scratch:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(job.model), "-o", scratch]
         command += ["-p", "int4", "-e", "cpu", "-c", f"{scratch}/cache"]

@@ -63,6 +63,7 @@ class Made:
         on_grid: what is stored, where that is not the weight itself; its grid is checked instead.
         seconds: wall time.
         cpu_seconds: computed in that time, on all cores together.
+        in_child: the work is done by a process that the script starts, whose memory counts.
         notes: what a reader of the table must know.
     """
 
@@ -70,15 +71,24 @@ class Made:
     on_grid: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    in_child: bool = False
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Adds the block's wall time to `seconds`, and what this process computed in it, on all cores, to the other."""
-        start, computed = time.monotonic(), time.process_time()
+        """Adds the block's wall time to `seconds`, and to the other what this process and those that it has waited for
+        computed in it, on all cores.
+        """
+        start, computed = time.monotonic(), _computed()
         yield
         self.seconds += time.monotonic() - start
-        self.cpu_seconds += time.process_time() - computed
+        self.cpu_seconds += _computed() - computed
+
+
+def _computed() -> float:
+    """Seconds of all cores, of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def main(
@@ -126,7 +136,7 @@ def write(job: Job, made: Made, versions: Mapping[str, str]) -> None:
     summary = {
         "seconds": round(made.seconds, 2),
         "cpu_seconds": round(made.cpu_seconds, 2),
-        "peak_mb": round(peak_bytes() / 1e6),
+        "peak_mb": round(peak_bytes(made.in_child) / 1e6),
         "version": f"{package} {version}",
         "versions": dict(versions),
         "date": f"{datetime.date.today():%Y-%m-%d}",
@@ -148,15 +158,17 @@ def machine() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def peak_bytes() -> int:
-    """The largest resident size of this process."""
+def peak_bytes(in_child: bool = False) -> int:
+    """The largest resident size of this process; with `in_child`, or of one that it has waited for."""
     # getrusage would count the process that started this one: Linux carries its size over the start.
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     kilobytes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return 1024 * (kilobytes[0] if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    own = kilobytes[0] if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # What a child carries over is this process's size, which counts anyway.
+    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if in_child else 0)
 
 
 def check_made(job: Job, made: Made) -> None:

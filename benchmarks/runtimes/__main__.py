@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.accuracy import own_version
+from benchmarks.identity import own_version
 from benchmarks.runtimes.bench import Benchmark, chosen
 from benchmarks.runtimes.report import write_report
 from boa_edge.errors import BoaEdgeError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ablation, accuracy, contenders
+from benchmarks import ablation, accuracy, contenders, report, results
 from benchmarks.contenders import own_contenders
-from benchmarks.ours import STEPS, VARIANTS, make
+from benchmarks.kept import beside
+from benchmarks.ours import SCHEMES, STEPS, VARIANTS, make, product_recipe, recipe_for, split
 from benchmarks.peers import table
-from benchmarks.peers.harness import GridError, Job, Made, check_error, check_grid, check_made, load_parameters, main
+from benchmarks.peers.harness import (
+    GridError,
+    Job,
+    Made,
+    check_error,
+    check_grid,
+    check_made,
+    load_parameters,
+    main,
+    peak_bytes,
+)
 from benchmarks.peers.table import EnvironmentMissingError, Format, Peer
+from benchmarks.results import FAILED, FIGURES, Outcome, in_order
 from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.pipeline import default_recipe
 from toolchain.grids import GridFormat, find_grid
 from toolchain.solvers import rtn
 
@@ -68,6 +82,8 @@ def test_own_methods_are_compared_and_a_second_run_does_nothing(request_words: l
         ("boa-edge gptq", 2, None, False, 0),
         ("boa-edge rtn", 2, None, False, 0),
     ]
+    assert [row["recipe"] for row in rows] == ["w4g32-gptq", "w4g32-rtn", "w2asym-gptq", "w2asym-rtn"]
+    assert "- **boa-edge gptq**: `w4g32-gptq`, `w2asym-gptq`, with" in text
     assert all(row["ours"] and row["kl"] > 0 and row["perplexity"] > 1 and row["peak_mb"] > 0 for row in rows)
     assert rows[0]["kl"] < rows[2]["kl"]
     assert rows[1]["kl"] < rows[3]["kl"]
@@ -81,15 +97,14 @@ def test_own_methods_are_compared_and_a_second_run_does_nothing(request_words: l
     assert not list(work.glob("runs/*/weights.safetensors"))
 
 
-@pytest.mark.usefixtures("counted")
-def test_rows_of_an_earlier_run_can_stay(request_words: list[str], tmp_path: Path) -> None:
+def test_rows_of_an_earlier_run_can_stay(request_words: list[str], counted: list[str], tmp_path: Path) -> None:
     settings = ["--settings", "w4g32,w2asym"]
     first, _ = run([*request_words, *settings, "--methods", "edge rtn"])
     rows, text = run([*request_words, "--settings", "w2asym", "--methods", "edge gptq", "--seeds", "1", "--keep"])
     made = [(row["setting"], row["method"], row["seed"]) for row in rows]
     assert made == [("w4g32", "boa-edge rtn", 0), ("w2asym", "boa-edge rtn", 0), ("w2asym", "boa-edge gptq", 1)]
     assert rows[:2] == first
-    assert "seeds 0, 1 choose" in text
+    assert "seed 1 chooses the windows.\n" in text
     assert "**torchao RTN at w4g32, w2asym**: no run of it there yet" in text
     assert "| on |" not in text
     for row in first:
@@ -106,13 +121,104 @@ def test_rows_of_an_earlier_run_can_stay(request_words: list[str], tmp_path: Pat
     assert len(again) == 1
     other = tmp_path / "other.txt"
     other.write_text("another text altogether, with words of its own " * 50)
+    before = len(counted)
+    keep = [*request_words, "--settings", "w3asym", "--methods", "edge gptq", "--keep"]
+    with pytest.raises(BoaEdgeError, match=r"whose text is 4 x 32 tokens of text\.txt; here it is .*other\.txt"):
+        run([*keep, "--text", str(other)])
+    with pytest.raises(BoaEdgeError, match="whose calibration is 4 x 32 tokens"):
+        run([*keep, "--sequences", "5"])
+    del again[0]["date"], again[0]["machine"]
+    path.write_text(json.dumps(again))
+    with pytest.raises(BoaEdgeError, match=r"lacks `date`, `machine` in the row w2asym boa-edge rtn 0\. Leave --keep"):
+        run(keep)
+    path.write_text("{}")
+    with pytest.raises(BoaEdgeError, match=r"accuracy\.json: is no list.*--keep"):
+        run(keep)
+    assert len(counted) == before
+    again[0] |= {"date": "2020-02-02", "machine": "a processor", "reference_perplexity": 1.0}
+    path.write_text(json.dumps(again))
     with pytest.raises(BoaEdgeError, match="another model or text"):
-        run([*request_words, "--settings", "w4g32", "--methods", "edge rtn", "--text", str(other), "--keep"])
-    with pytest.raises(BoaEdgeError, match="calibrated on 4 x 32 tokens"):
-        run([*request_words, "--settings", "w4g32", "--methods", "edge gptq", "--sequences", "5", "--keep"])
-    (tmp_path / "out" / "accuracy.json").write_text('[{"method": "x"}]')
-    with pytest.raises(BoaEdgeError, match=r"accuracy\.json.*no list of rows.*--keep"):
-        run([*request_words, *settings, "--methods", "edge rtn", "--keep"])
+        run(keep)
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_was_asked_for_and_what_failed_stays_too(
+    request_words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contenders, "PEERS", {"breaker": Peer("no_such_script", "rtn", None, (), lambda _: None)})
+    monkeypatch.setattr(accuracy, "identity", lambda peer: peer.script)
+    run([*request_words, "--settings", "w4g128asym", "--methods", "edge rtn,breaker"])
+    failed = json.loads((tmp_path / "out" / FAILED).read_text())
+    assert [(one["method"], one["asked"], one["setting"], one["group_size"], one["seed"]) for one in failed] == [
+        ("breaker", "w4g128asym", "w4g32asym", 32, 0)
+    ]
+    keep = [*request_words, "--settings", "w2asym", "--methods", "edge rtn", "--keep"]
+    rows, text = run(keep)
+    assert [row["asked"] for row in rows] == ["w4g128asym", "w2asym"]
+    assert "**w4g128asym became w4g32asym**: 128 does not divide" in text
+    assert "| breaker | failed: " in text
+    assert "**breaker at w2asym**: no run of it there yet" in text
+    # Rows as they were kept before, and no other word of what the text needs.
+    path = tmp_path / "out" / FIGURES
+    old = [{key: row[key] for key in row if key not in ("asked", "model", "text", "recipe")} for row in rows]
+    path.write_text(json.dumps(old))
+    (tmp_path / "out" / "accuracy.md").unlink()
+    redraw = ["--redraw", "-o", str(tmp_path / "out")]
+    with pytest.raises(BoaEdgeError, match="lacks `model`, `text` in the row"):
+        run(redraw)
+    filled, _ = run([*redraw, "--model", "a name", "--text", "some/a.txt"])
+    assert filled[0]["text"] == "48 x 512 tokens of a.txt"
+    path.write_text(json.dumps(rows))
+    assert run(redraw) == (rows, text)
+    assert json.loads((tmp_path / "out" / FAILED).read_text()) == failed
+    with pytest.raises(SystemExit):
+        accuracy.parse(["-o", "out"])
+
+
+def outcome(method: str, kl: float | None, seed: int = 0, **changes: Any) -> Outcome:
+    """One of an imagined run."""
+    facts: dict[str, Any] = {"method": method, "ours": method.startswith("boa"), "setting": "w2asym", "seed": seed}
+    facts |= {"asked": "w2asym", "bits": 2, "group_size": None, "symmetric": False, "activations": None}
+    facts |= {"model": "m", "text": "t", "calibration": "c", "calibrated": True}
+    if kl is None:
+        return Outcome(facts | {"reason": "no"} | changes)
+    facts |= {"kl": kl, "perplexity": 9.0, "reference_perplexity": 8.0, "top1": 0.5, "seconds": 1.0, "cpu_seconds": 1.0}
+    return Outcome(facts | {"peak_mb": 1, "version": "v", "date": "d", "machine": "a processor"} | changes)
+
+
+def test_methods_are_compared_over_the_seeds_that_both_have() -> None:
+    found = [outcome("boa-edge default", kl, seed) for seed, kl in ((0, 2.0), (1, 10.0))]
+    found += [outcome("boa-edge gptq", 3.0, 2), outcome("boa-edge gptq", None, 3)]
+    found += [outcome("AutoRound", 4.0, 0), outcome("HQQ", 40.0, 0, calibrated=False)]
+    text = report.markdown(in_order(found))
+    cells = {
+        line.split("|")[1].strip(" *"): [cell.strip() for cell in line.split("|")]
+        for line in text.splitlines()[1:]
+        if "|" in line
+    }
+    assert cells["boa-edge default"][2:5] == ["6.0000", "0: 2.0000 / 1: 10.0000", "0.50"]
+    assert cells["AutoRound"][2:5] == ["4.0000", "0: 4.0000", "1.00"]
+    assert cells["HQQ"][2:5] == ["40.0000", "no calibration", "10.00"]
+    assert "| **boa-edge gptq** | 3.0000 | 2: 3.0000 | 0.07 |" in text  # HQQ's are the same for every seed
+    assert "| boa-edge gptq | seed 3: no |" in text
+    assert "seeds 0, 1, 2 choose the windows. Not every method has them all" in text
+    without = [one for one in found if one.method != "HQQ"]
+    assert "| **boa-edge gptq** | 3.0000 | 2: 3.0000 |  |" in report.markdown(without)
+    whole = report.markdown([outcome("AutoRound", 4.0), outcome("boa-edge default", 2.0)])
+    assert "seed 0 chooses the windows.\n" in whole
+    assert "| **boa-edge default** | 2.0000 | 2.0000 | 0.50 |" in whole
+
+
+def test_what_is_kept_yields_to_what_is_new_but_figures_to_no_failure(tmp_path: Path) -> None:
+    protocol = {"model": "m", "text": "t", "calibration": "c"}
+    results.write_results(tmp_path, [outcome("a", 1.0), outcome("b", None), outcome("c", None), outcome("d", 1.0)])
+    written: list[Outcome] = []
+    beside(tmp_path, protocol, lambda _, outcomes: written.extend(outcomes))(
+        tmp_path, [outcome("a", None), outcome("b", None, reason="another"), outcome("c", 2.0), outcome("d", 3.0)]
+    )
+    found = {one.method: one.facts.get("kl", one.facts.get("reason")) for one in written}
+    assert found == {"a": 1.0, "b": "another", "c": 2.0, "d": 3.0}
+    assert len(written) == 4
 
 
 def test_only_what_is_missing_is_run(request_words: list[str], counted: list[str]) -> None:
@@ -244,6 +350,38 @@ def test_quantized_activations_have_a_table_for_each_runtime(request_words: list
     assert found["torchao 8da4w", "per_block"] != found["torchao 8da4w", "per_token"]
     assert ("torchao 8da4w", None) not in found
     assert "weights only" in text
+    assert "calibrated on 3 of the sequences; the other 1 are the guard's" in text
+    assert "`w4g32-edge`, `w4g32a8-edge-smooth`, `w4g32a8t-edge-smooth`, with" in text
+    assert "without `rotatetable`" in text
+
+
+def test_our_default_is_the_products_for_each_runtime() -> None:
+    for scheme, runtime in zip(SCHEMES, ("onnx", "executorch"), strict=True):
+        recipe = product_recipe(scheme)
+        assert recipe.name == default_recipe(runtime)
+        own = recipe_for("default", 4, 32, True, scheme)
+        assert own.activations == recipe.activations
+        assert set(own.transforms) == set(recipe.transforms) - {"rotatetable"}
+        assert recipe_for("gptq", 4, 32, True, scheme).transforms == ()
+    assert recipe_for("default", 3, None, False).name == "w3asym-edge"
+
+
+def test_the_guard_has_sequences_of_its_own() -> None:
+    rows, guards = split(torch.arange(32)[:, None])
+    assert (rows[:, 0].tolist(), guards[:, 0].tolist()) == (list(range(28)), list(range(28, 32)))
+    assert [len(part) for part in split(torch.zeros(2, 8))] == [1, 1]
+    with pytest.raises(UsageError, match="one sequence"):
+        split(torch.zeros(1, 8))
+
+
+def test_what_a_child_computes_and_holds_counts() -> None:
+    made, more = Made(in_child=True), peak_bytes() + (64 << 20)
+    work = f"import time; held = b'x' * {more}\n"
+    work += "while time.process_time() < 0.6: pass"
+    with made.timed():
+        subprocess.run([sys.executable, "-c", work], check=True)
+    assert made.cpu_seconds > 0.5
+    assert peak_bytes() < more < peak_bytes(in_child=True)
 
 
 def test_the_ablation_goes_from_rounding_to_the_default_step_by_step(
@@ -261,6 +399,9 @@ def test_the_ablation_goes_from_rounding_to_the_default_step_by_step(
     }
     text = (arguments.output / "ablation.md").read_text()
     assert all(f"| {name} | {kls[name]:.4f} |" in text for name in STEPS)
+    nothing = [line.split("|")[1].strip() for line in text.splitlines() if "nothing changes at this size" in line]
+    assert "+ costly statistics of a part of the text" in nothing  # 4 sequences are below its limits
+    assert "gptq" not in nothing
 
 
 def test_a_quantizer_that_does_not_end_is_stopped(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def words(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
 def test_a_table_of_the_rows_asked_for(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted outliers cost what smoothing takes back; a finished row is not measured again."""
     monkeypatch.setattr(sys, "argv", [*words, "--variants", "plain,smooth,guarded"])
+    monkeypatch.setattr(w4a8, "own_source", lambda: "as it is now")
     w4a8.main()
     rows = read_json(tmp_path / "out" / "w4a8.json", "the rows")
     kl = {(row["model"], row["scheme"], row["variant"]): row["kl"] for row in rows}
