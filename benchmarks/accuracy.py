@@ -47,7 +47,7 @@ from toolchain.loading import load_source
 from toolchain.metrics import evaluate_all
 from toolchain.products import fast_products
 from toolchain.recipe import Recipe
-from toolchain.text import read_text, sequences, tokenize
+from toolchain.text import behind, opening, read_text, sequences, tokenize
 
 SETTINGS = "w4g32,w4g32a8,w4g128asym,w4asym,w3asym,w2asym"
 _EVALUATED_AT_ONCE, _EVALUATED_BYTES = 8, 6 << 30
@@ -135,7 +135,8 @@ class Benchmark:
         tokenizer = self.source.tokenizer
         self.calibration = tokenize(read_text(arguments.calibration), tokenizer)
         held_out = tokenize(read_text(arguments.text), tokenizer)[: arguments.tokens]
-        self.rows = sequences(held_out, arguments.length, arguments.text)
+        self.first = opening(tokenizer)
+        self.rows = sequences(held_out, arguments.length, arguments.text, self.first)
         self.rows_key = tensor_hash(self.rows)
         self.environments: dict[str, Path | str] = {}
         self.failed: dict[Path, str] = {}
@@ -159,7 +160,7 @@ class Benchmark:
         return outcomes
 
     def _group(self, setting: Setting, seed: int) -> list[Outcome]:
-        tokens = calibration_rows(self.calibration, self.arguments.sequences, self.arguments.length, seed)
+        tokens = calibration_rows(self.calibration, self.arguments.sequences, self.arguments.length, seed, self.first)
         path = self.work / "tokens" / f"{tensor_hash(tokens)}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,15 +323,20 @@ def with_weights(
     return logits
 
 
-def calibration_rows(tokens: Tensor, count: int, length: int, seed: int) -> Tensor:
-    """`count` windows of `length` tokens at places chosen by `seed`, none overlapping: int64 [count, length]."""
+def calibration_rows(tokens: Tensor, count: int, length: int, seed: int, first: tuple[int, ...] = ()) -> Tensor:
+    """`count` windows of `length` tokens at places chosen by `seed`, none overlapping: int64 [count, length].
+
+    Args:
+        first: tokens that every window begins with.
+    """
+    length -= len(first)
     generator = torch.Generator().manual_seed(seed)
     spare = tokens.numel() - count * length
     if spare < 0:
         raise BoaEdgeError(f"the calibration text has {tokens.numel()} tokens, {count} x {length} are needed")
     offset = int(torch.randint(min(length, spare + 1), (), generator=generator))
     windows = tokens[offset : offset + (tokens.numel() - offset) // length * length].view(-1, length)
-    return windows[torch.randperm(windows.shape[0], generator=generator)[:count]].contiguous()
+    return behind(first, windows[torch.randperm(windows.shape[0], generator=generator)[:count]]).contiguous()
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from boa_edge import __version__, device_commands
 from boa_edge.errors import BoaEdgeError, UsageError
@@ -19,8 +20,35 @@ from boa_edge.output import finish as _finish
 from boa_edge.quiet import quiet_libraries, quiet_transformers
 from boa_edge.ranks import launched_rank
 
+_METHODS = "rtn, gptq, boa, turboboa, aespa, edge"  # written out: `--help` imports no stage; a test compares
+
+
+class _InterruptedError(BoaEdgeError):
+    """Ctrl-C, which typer would end the program at without a word."""
+
+    exit_code = 130
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            kept = "Finished blocks are kept, and the same command goes on from there"
+            raise _InterruptedError("interrupted", fix=kept if ctx.invoked_subcommand in _RESUMED else None) from None
+
+
+def _named(value: str | None) -> str | None:
+    """An empty name would be read as the current directory."""
+    if value is not None and not value.strip():
+        fix = "Name `default`, a model directory, a .gguf file or a hub id; `.` is the current directory"
+        raise UsageError("the model's name is empty", fix=fix)
+    return value
+
+
 app = typer.Typer(
     name="boa-edge",
+    cls=_Commands,
     help="Quantize a language model with BoA, lower it bit for bit to a phone runtime, measure what was deployed.",
     no_args_is_help=True,
     add_completion=False,
@@ -28,22 +56,31 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="`default`, a Hugging Face directory, a hub id, or a .gguf file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", callback=_named, help="`default`, a Hugging Face directory, a hub id, or a .gguf file."
+    ),
 ]
 RecipeOption = Annotated[
     str,
     typer.Option(
         "--recipe",
-        help="A YAML file, or a name: w<bits>[g<group>][asym][a8]-<method>[-<transform>...]; wmix<MB>mb fits a budget.",
+        help="A YAML file, or a name: w<bits>[g<group>][asym][a8[t|r|s|u]][kv8[t]]-<method>[-<transform>...]; "
+        "wmix<MB>mb fits a budget.",
     ),
 ]
 CalibrationOption = Annotated[
     str | None,
-    typer.Option("--calibration", help="A text file, a data set (wikitext2, c4), or `self`: text the model writes."),
+    typer.Option(
+        "--calibration", help="A text file, a data set (wikitext2, c4, c4-new), or `self`: text the model writes."
+    ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output directory.")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output directory that boa-edge has made before.")
+]
 CompareOption = Annotated[
-    str, typer.Option("--compare", help="Other methods to run beside it for the report, such as rtn,gptq; or none.")
+    str,
+    typer.Option("--compare", help=f"Other methods to run beside it for the report ({_METHODS}), or none."),
 ]
 StreamOption = Annotated[
     bool | None,
@@ -80,6 +117,7 @@ OutputOption = Annotated[Path, typer.Option("-o", "--output", help="The director
 
 
 _REGRESSION = 3
+_RESUMED = ("quantize", "run")
 
 
 app.add_typer(device_commands.app, name="devices")
@@ -178,9 +216,11 @@ def measure(
 
 @app.command()
 def evaluate(
-    subject: Annotated[str, typer.Argument(metavar="MODEL|CKPT|BUNDLE", help="Any stage's output.")],
+    subject: Annotated[str, typer.Argument(metavar="MODEL|CKPT|BUNDLE", callback=_named, help="Any stage's output.")],
     text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file that calibrated nobody.")],
-    reference: Annotated[str | None, typer.Option("--reference", help="A model to measure the KL against.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", callback=_named, help="A model to measure the KL against.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read at most.")] = 24576,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
 ) -> None:
@@ -272,7 +312,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
+    model: Annotated[str, typer.Option("--model", callback=_named, help="As for `quantize`.")] = "default",
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="As for `quantize`. Default: activations as the runtime has them."),
@@ -311,7 +351,8 @@ def run(
 
 
 def _names(value: str) -> tuple[str, ...]:
-    return () if value in ("", "none") else tuple(part.strip() for part in value.split(",") if part.strip())
+    parts = () if value in ("", "none") else (part.strip() for part in value.split(","))
+    return tuple(dict.fromkeys(filter(None, parts)))
 
 
 def _counts(value: str, flag: str) -> tuple[int, ...]:
@@ -342,6 +383,7 @@ def main() -> None:
     """Entry point: errors become one line and an exit code."""
     quiet_libraries()
     try:
+        launched_rank()  # said once and in words where its variables are wrong
         app()
     except BoaEdgeError as error:
         _fail(str(error), error.exit_code)
@@ -359,9 +401,16 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if _state["debug"]:
         traceback.print_exc()
-    if launched_rank() is None or _is_first_to_fail():
+    if _is_alone() or _is_first_to_fail():
         print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # in one write, as `say`
     sys.exit(code)
+
+
+def _is_alone() -> bool:
+    try:
+        return launched_rank() is None
+    except UsageError:
+        return True
 
 
 def _is_first_to_fail() -> bool:

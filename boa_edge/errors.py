@@ -8,12 +8,14 @@ class BoaEdgeError(Exception):
 
     Attributes:
         exit_code: what the command exits with (1: the work failed).
+        what, where, fix: as they were given.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
         """`what` was found, `where` (a file, field or layer), and `fix`: what the user can do."""
+        self.what, self.where, self.fix = what, where, fix
         parts = [f"{where}: {what}" if where is not None else what]
         if fix:
             parts.append(fix)

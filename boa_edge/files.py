@@ -9,13 +9,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from boa_edge.errors import BoaEdgeError, UsageError
 
 _CHUNK = 1 << 20
+# What a directory is known by that `quantize`, `export`, `measure` or a benchmark has made: a file, and fields in it.
+_MARKS = {
+    "provenance.json": ("created_by", "source", "recipe"),
+    "manifest.json": ("created_by", "recipe", "files"),
+    "report.json": ("tool", "deployed", "device"),
+    "request.json": ("format", "method"),
+}
 
 
 def sha256_file(path: Path) -> str:
@@ -66,38 +73,130 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def check_output(target: Path, *, overwrite: bool = False) -> None:
-    """Raise UsageError where `output_directory` would refuse `target`: before the work, not after it."""
-    if target.exists() and not target.is_dir():
+def as_input(name: str | Path | None) -> Path | None:
+    """The path that a user's `name` is; None where nothing of that name is there (a hub id, a data set)."""
+    path = None if name is None else Path(name).expanduser()
+    return path if path is not None and os.path.lexists(path) else None
+
+
+def check_writable(directory: Path, option: str, *, beside: str | None = None) -> Path:
+    """The place that `directory` leads to, where a directory could be made; what the test has made is removed again.
+
+    Args:
+        option: whose value it is.
+        beside: a name that the names of what will be made there begin with.
+
+    Raises:
+        UsageError: nothing can be made there.
+    """
+    place = Path(os.path.realpath(directory.expanduser()))
+    made: list[Path] = []
+    try:
+        for path in reversed([each for each in (place, *place.parents) if not each.exists()]):
+            path.mkdir(exist_ok=True)
+            made.append(path)
+        # As long as the longest name that is made beside an output.
+        made.append(Path(tempfile.mkdtemp(prefix=f".{beside or 'boa-edge'}.probe.unfinished-", dir=place)))
+    except OSError as error:
+        problem = f"nothing can be written there ({error.strerror})"
+        if error.errno == errno.ENAMETOOLONG:
+            problem = "the name is too long: temporary names beside it need up to 30 bytes more"
+        where = place / beside if beside else place
+        raise UsageError(problem, where=where, fix=f"Choose another {option}") from None
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return place
+
+
+def check_output(target: Path, *, overwrite: bool = False, inputs: Mapping[str, Path | None] | None = None) -> Path:
+    """The place that `target` leads to, at which `output_directory` can make a directory: before the work, not after.
+
+    Args:
+        overwrite: replace a directory that a stage has made; no other is ever replaced unless it is empty.
+        inputs: what the work reads, by what it is called.
+
+    Raises:
+        UsageError: an input is at `target` or below it, something is there that is not replaced, or nothing can be
+            written.
+    """
+    place = Path(os.path.realpath(target))
+    for name, path in (inputs or {}).items():
+        if path is not None and _holds(place, path):
+            problem = f"is or holds an input of this run, which is never replaced ({name}: {path})"
+            raise UsageError(problem, where=target, fix="Choose another -o")
+    if os.path.islink(place):
+        raise UsageError("is a link that leads to itself", where=target, fix="Choose another -o")
+    if os.path.ismount(place):
+        problem = "is a mount point, which cannot be replaced"
+        raise UsageError(problem, where=target, fix="Name a directory inside it as -o")
+    check_writable(place.parent, "-o", beside=place.name)
+    if not place.exists():
+        return place
+    if not place.is_dir():
         raise UsageError("exists and is not a directory", where=target, fix="Choose another -o")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UsageError("exists already", where=target, fix="Choose another -o, or pass --overwrite")
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise UsageError("exists and cannot be replaced (no permission)", where=target, fix="Choose another -o")
+    if any(place.iterdir()):
+        if not _is_made(place):
+            problem = "exists already, and boa-edge did not make it: it is never replaced"
+            raise UsageError(problem, where=target, fix="Choose another -o, or remove it yourself")
+        if not overwrite:
+            raise UsageError("exists already", where=target, fix="Choose another -o, or pass --overwrite")
+    return place
 
 
 @contextlib.contextmanager
-def output_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_directory(
+    target: Path, *, overwrite: bool = False, inputs: Mapping[str, Path | None] | None = None
+) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that becomes `target` when the block succeeds.
 
-    On any failure nothing is left behind. An existing, non-empty `target` is an error unless `overwrite`.
+    On any failure nothing is left behind. The arguments and errors are those of `check_output`.
     """
-    target = target.absolute()
-    check_output(target, overwrite=overwrite)
+    place = check_output(target, overwrite=overwrite, inputs=inputs)
     with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     try:
         with disk_errors(target):
             yield temporary
             _open_to_readers(temporary)
-            if target.exists():
-                retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)) / "old"
-                target.rename(retired)
-                temporary.rename(target)
+            if place.exists():
+                retired = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent)) / "old"
+                place.rename(retired)
+                temporary.rename(place)
                 shutil.rmtree(retired.parent, ignore_errors=True)
             else:
-                temporary.rename(target)
+                temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _holds(directory: Path, path: Path) -> bool:
+    """Whether `path` is `directory` or lies below it, by whatever name."""
+    real = Path(os.path.realpath(path.expanduser()))
+    return any(_is_same(directory, each) for each in (real, *real.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
+
+
+def _is_made(directory: Path) -> bool:
+    """Whether a stage, or a benchmark, has made this directory."""
+    for name, fields in _MARKS.items():
+        try:
+            document = json.loads((directory / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, dict) and all(field in document for field in fields):
+            return True
+    return False
 
 
 def _open_to_readers(directory: Path) -> None:

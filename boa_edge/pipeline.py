@@ -11,7 +11,7 @@ from typing import Any
 
 from boa_edge import __version__
 from boa_edge.errors import UsageError
-from boa_edge.files import disk_errors, sha256_file, write_text
+from boa_edge.files import as_input, check_output, check_writable, disk_errors, sha256_file, write_text
 from boa_edge.progress import say
 from devices import open_device
 from exporters import EXPORTERS, export, no_lengths
@@ -54,6 +54,17 @@ def run_all(
         raise no_lengths(runtime)
     _foresee(chosen, model, runtimes, activations, lengths)
     find_accelerator(accelerator)
+    checkpoint, report = output / "checkpoint", output / "report"
+    bundles = [output / name for name in runtimes]
+    inputs = {
+        "the model": None if model == "default" else as_input(model),
+        "the recipe": as_input(recipe),
+        "the calibration text": as_input(calibration),
+        "the device's profile": as_input(device),
+    }
+    check_writable(output, "-o")
+    for place in (checkpoint, *bundles, report):
+        check_output(place, overwrite=True, inputs=inputs)
     status = open_device(device).status()
     if not status.usable:  # it may be plugged in by then, and finished stages are kept
         say(f"note: device {device} cannot be used now, and measuring will need it: {'; '.join(status.missing)}")
@@ -67,7 +78,6 @@ def run_all(
         "accelerator": accelerator or "cpu",
         "version": __version__,
     }
-    checkpoint, report = output / "checkpoint", output / "report"
     _stage(
         output,
         checkpoint,
@@ -82,7 +92,6 @@ def run_all(
             accelerator=accelerator,
         ).as_dict(),
     )
-    bundles = [output / name for name in runtimes]
     for bundle, (name, shape) in zip(bundles, runtimes.values(), strict=True):
         own = lengths if EXPORTERS[name].lengths else {}
         exporting = {**quantizing, "runtime": name, "activations": activations, "form": shape, **own}

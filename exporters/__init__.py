@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 EXPORTERS: dict[str, Exporter] = {"executorch": executorch.EXPORTER, "onnx": onnx.EXPORTER}
+_UNPLANNED = (
+    "the checkpoint was quantized for floating-point activations and this bundle rounds them to int8, so its figures "
+    "differ from the recorded ones (--activations float32 keeps them; recipes with a8 are made for int8)"
+)
 
 
 def export(
@@ -52,7 +56,7 @@ def export(
         form: one of the runtime's forms (`qdq` or `fused` for onnx); None means its default.
         context_length, prefill_length: in tokens, of a program with a cache of its own (executorch); None means its
             default.
-        overwrite: replace an existing, non-empty `output`.
+        overwrite: replace an existing `output` that a stage has made.
 
     Raises:
         UsageError: an unknown runtime, activation type or form, lengths that are impossible or not for this runtime, or
@@ -76,11 +80,13 @@ def export(
     request = Request(chosen, shape, context_length, prefill_length)
     source = Checkpoint(checkpoint)
     exporter.check(source, request)
-    with output_directory(output, overwrite=overwrite) as directory:
+    with output_directory(output, overwrite=overwrite, inputs={"the checkpoint": checkpoint}) as directory:
         lowered = exporter.lower(source, directory, request)
         copy_companions(source, directory)
         manifest = write_manifest(directory, source.recipe)
-    for note in lowered.notes:
+    unplanned = chosen == "int8" and source.activations is None
+    notes = (*((_UNPLANNED,) if unplanned else ()), *lowered.notes)
+    for note in notes:
         say(f"note: {note}")
     return ExportResult(
         bundle=output,
@@ -91,7 +97,7 @@ def export(
         quantized_linears=lowered.quantized_linears,
         weight_bytes=lowered.weight_bytes,
         seconds=time.monotonic() - start,
-        notes=lowered.notes,
+        notes=notes,
     )
 
 

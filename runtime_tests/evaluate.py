@@ -20,7 +20,7 @@ from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source, load_tokenizer
 from toolchain.metrics import Logits, evaluate_logits
 from toolchain.products import fast_products
-from toolchain.text import read_text, sequences, tokenize
+from toolchain.text import opening, read_text, sequences, tokenize
 from toolchain.transforms import install_runtime
 
 _CONTEXT = 512
@@ -77,10 +77,14 @@ def evaluate(
         say(f"loading {reference}")
         compared = _open(reference)
     ids = tokenize(content, evaluated.tokenizer)
-    if compared is not None and not torch.equal(ids, tokenize(content, compared.tokenizer)):
+    first = opening(evaluated.tokenizer)
+    alike = compared is None or (
+        torch.equal(ids, tokenize(content, compared.tokenizer)) and first == opening(compared.tokenizer)
+    )
+    if not alike:
         problem = f"{subject} and {reference} split the text into different tokens"
         raise BoaEdgeError(problem, where=text, fix="Compare models that share a tokenizer")
-    rows = sequences(ids[:tokens], sequence_length, text)
+    rows = sequences(ids[:tokens], sequence_length, text, first)
     fidelity = evaluate_logits(evaluated.logits, rows, compared.logits if compared else None, "evaluating")
     return EvaluateResult(
         subject=subject,

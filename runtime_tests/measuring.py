@@ -12,7 +12,7 @@ from typing import Any
 import devices
 from boa_edge import __version__
 from boa_edge.errors import BoaEdgeError
-from boa_edge.files import disk_errors, output_directory, write_json, write_text
+from boa_edge.files import as_input, disk_errors, output_directory, write_json, write_text
 from boa_edge.progress import say
 from devices.contract import Device, Execution, GenerateRequest, RunResult, ScoreRequest
 from runtime_tests.cost import cost
@@ -90,7 +90,9 @@ def measure_together(
     Raises:
         BoaEdgeError, UsageError: as `measure`; also bundles that do not answer the same questions.
     """
-    with output_directory(output, overwrite=overwrite) as directory:
+    inputs = {f"bundle {number}": bundle for number, bundle in enumerate(bundles, start=1)}
+    profiles = {"the device's profile": as_input(device) if isinstance(device, str) else None}
+    with output_directory(output, overwrite=overwrite, inputs=inputs | profiles) as directory:
         facts = [open_bundle(bundle) for bundle in bundles]
         check_comparable(facts)
         opened = devices.open_device(device) if isinstance(device, str) else device

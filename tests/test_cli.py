@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ import pytest
 import yaml
 
 from boa_edge.cli import main
+from toolchain.calibration import DATASETS
 from toolchain.loading import load_source
+from toolchain.methods import METHODS
 
 SMALL = {
     "method": "boa",
@@ -91,6 +95,13 @@ def test_the_installed_command_ends_with_one_json_document() -> None:
         (["run", "--device", "arm65", "-o", "x"], 2, "arm64"),
         (["run", "--runtime", "onx", "-o", "x"], 2, "Accepted: executorch, onnx"),
         (["evaluate", "default", "--text", "nowhere.txt"], 1, "error: nowhere.txt: no such text file."),
+        (["quantize", "", "-o", "x"], 2, "error: the model's name is empty."),
+        (["run", "--model", " ", "-o", "x"], 2, "error: the model's name is empty."),
+        (["quantize", "default", "-o", "/", "--overwrite"], 2, "error: /: "),
+        (["quantize", "default", "-o", "x", "--spill", "x/y"], 2, "(--spill: x/y)"),
+        (["quantize", "default", "-o", "x", "--spill", "/proc/x"], 2, "Choose another --spill"),
+        (["quantize", "default", "-o", "x", "--compare", "rtn,rtm"], 2, "unknown method 'rtm'. Accepted: rtn, gptq"),
+        (["run", "--model", ".", "-o", "/proc/foo/bar"], 2, "/proc/foo/bar: nothing can be written there"),
         (["frobnicate"], 2, "frobnicate"),
     ],
 )
@@ -102,6 +113,82 @@ def test_a_wrong_request_is_one_line_and_an_exit_code(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_what_there_is() -> None:
+    text = " ".join(call("quantize", "--help").stdout.split())
+    assert f"({', '.join(METHODS)})".replace(" ", "") in text.replace(" ", "")
+    assert f"({', '.join(DATASETS)})" in text
+    assert "[a8[t|r|s|u]][kv8[t]]" in text.replace(" ", "")
+
+
+def test_no_stage_replaces_what_it_reads(tiny_model: Path, text_file: Path, recipe_file: Path, tmp_path: Path) -> None:
+    model, home = tmp_path / "model", tmp_path / "home"
+    shutil.copytree(tiny_model, model)
+    home.mkdir()
+    text = shutil.copy(text_file, home / "text.txt")
+    asked = ["--recipe", recipe_file, "--calibration", text, "--overwrite"]
+    for output in (model, home, tmp_path):
+        done = call("quantize", model, *asked, "-o", output)
+        assert (done.returncode, "is never replaced" in done.stderr) == (2, True), done.stderr
+    assert sorted(os.listdir(model)) == sorted(os.listdir(tiny_model))
+    assert os.listdir(home) == ["text.txt"]
+    ckpt, bundle = tmp_path / "ckpt", tmp_path / "bundle"
+    for _ in range(2):
+        result(call("quantize", model, *asked, "-o", ckpt, "--compare", "rtn,rtn,boa"))
+        result(call("export", ckpt, "--activations", "float32", "-o", bundle, "--overwrite"))
+    rows = json.loads((ckpt / "provenance.json").read_text())["comparison"]
+    assert [row["method"] for row in rows] == ["rtn", "boa"]
+    assert call("export", ckpt, "-o", ckpt, "--overwrite").returncode == 2
+    assert call("measure", bundle, "-o", bundle, "--overwrite").returncode == 2
+    assert call("quantize", bundle, "-o", home, "--overwrite").returncode == 2
+    assert (ckpt / "model.safetensors").exists()
+    assert (bundle / "manifest.json").exists()
+
+
+def test_run_refuses_directories_that_it_did_not_make(tiny_model: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "out" / "bundle"
+    theirs.mkdir(parents=True)
+    (theirs / "notes.txt").write_text("x")
+    done = call("run", "--model", tiny_model, "--device", "host", "-o", tmp_path / "out")
+    assert (done.returncode, "bundle: exists already" in done.stderr) == (2, True), done.stderr
+    shutil.copytree(tiny_model, tmp_path / "other" / "report")
+    done = call("run", "--model", tmp_path / "other" / "report", "--device", "host", "-o", tmp_path / "other")
+    assert (done.returncode, "(the model: " in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(("command", "kept"), [("quantize", True), ("export", False)])
+def test_an_interrupt_is_one_line(command: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("toolchain.quantize.quantize", interrupt)
+    monkeypatch.setattr("exporters.export", interrupt)
+    done = call(command, "default", "-o", tmp_path / "x")
+    more = " Finished blocks are kept, and the same command goes on from there." if kept else ""
+    assert (done.returncode, done.stderr) == (130, f"error: interrupted.{more}\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "a", "WORLD_SIZE": "2"}, "error: the variable RANK: 'a' is no whole number."),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "error: the variable WORLD_SIZE: 'two' is no whole number."),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "error: the variable RANK: 2, where WORLD_SIZE is 2."),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "error: RANK is set: the processes do not find each other"),
+    ],
+)
+def test_variables_of_torchrun_that_make_no_sense(
+    variables: dict[str, str], message: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = call("quantize", tiny_model, "-o", tmp_path / "x")
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert "unset RANK and WORLD_SIZE" in done.stderr
 
 
 def test_the_stages_in_a_row_on_the_host(tiny_model: Path, text_file: Path, recipe_file: Path, tmp_path: Path) -> None:

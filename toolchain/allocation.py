@@ -90,12 +90,13 @@ def module_bytes(source: SourceModel, weights: WeightFormat) -> dict[str, dict[i
 def fixed_bytes(source: SourceModel, recipe: Recipe) -> int:
     """Payload of all the rest, which no allocation changes: tables, norms, biases."""
     spec = source.spec
-    tables = [spec.embedding] + ([] if spec.tied_embeddings else [spec.head])
+    tied = spec.tied_embeddings and not recipe.unties_head
+    tables = [spec.embedding] + ([] if tied else [spec.head])
     linears = spec.linear_inputs()
     total = 0
     for name, value in source.model.state_dict().items():
         module, _, part = name.rpartition(".")
-        if name == f"{spec.head}.weight" and spec.tied_embeddings:
+        if name == f"{spec.head}.weight" and tied:
             continue
         if module in linears and part == "weight":
             continue

@@ -57,8 +57,7 @@ def write_weights(
         packed = pack(weight, scale_dtype)
         if name == spec.embedding:
             save_file(packed, directory / "embedding.safetensors", metadata=_embedding_metadata(weight))
-            dtype = getattr(torch, str(config.get("dtype") or "float32").removeprefix("torch."))
-            tensors[f"{name}.weight"] = weight.dequantize().to(dtype)
+            tensors[f"{name}.weight"] = weight.dequantize().to(stored_dtype(config))
             continue
         tensors.update({f"{name}.{part}": tensor for part, tensor in packed.items()})
         key = json.dumps(scheme(weight, []), sort_keys=True)
@@ -78,6 +77,12 @@ def write_weights(
     if owes_products:
         config = {**config, "model_type": _ROTATED, _MODEL_TYPE: config["model_type"]}
     write_json(directory / "config.json", {**config, "quantization_config": quantization})
+
+
+def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The type of a model's floating-point weights by its config.json, in which it was called `torch_dtype` once."""
+    name = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
 def write_transforms(directory: Path, transforms: Sequence[Transform]) -> None:

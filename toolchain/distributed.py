@@ -6,7 +6,6 @@ exchanged. Tensors on the CPU travel by gloo, those on GPUs by NCCL.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from boa_edge.ranks import launched_rank
+from boa_edge.errors import BoaEdgeError
+from boa_edge.ranks import LAUNCH, launched_rank, whole_number
 
 T = TypeVar("T")
 
@@ -35,11 +35,17 @@ def joined() -> Iterator[None]:
         return
     gpus = torch.cuda.is_available()
     if gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    _store, own, count = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+        torch.cuda.set_device(whole_number("LOCAL_RANK", 0))
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    shared = dist.PrefixStore("collectives", _store)
-    dist.init_process_group(backend, store=shared, rank=own, world_size=count, timeout=_PATIENCE)
+    try:
+        _store, own, count = next(iter(rendezvous("env://", timeout=_PATIENCE)))
+        shared = dist.PrefixStore("collectives", _store)
+        dist.init_process_group(backend, store=shared, rank=own, world_size=count, timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:  # also those of the network
+        reason = " ".join(str(error).split())[:200]
+        raise BoaEdgeError(
+            f"the processes do not find each other ({reason})", where="RANK is set", fix=LAUNCH
+        ) from None
     yield
     dist.destroy_process_group()  # not after an error: torchrun ends the others
 

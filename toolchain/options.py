@@ -1,10 +1,12 @@
-"""What a solver can be told, as frozen, validated data: the `solver` part of a recipe."""
+"""What a solver can be told, as frozen, validated data: the `solver` part of a recipe, over the method's own."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_TWO_SIDED = "attention_rows 'boa' and 'gauss_newton'"
 
 
 class Options(BaseModel):
@@ -21,13 +23,14 @@ class Options(BaseModel):
             on the quantized weights before it; otherwise once per block, at full precision.
         deviation: how much of the deviation of a projection's inputs, which the layers quantized before it have caused,
             its weights make up for: 0 nothing (GPTQ, BoA), 1 all that least squares can.
-        residual: how much of the deviation of the residual stream `o` and `down` make up for as well; needs recollect.
+        residual: of the deviation of the residual stream `o` and `down` make up for so much as well, times `deviation`;
+            needs recollect. Nothing in a family that norms what they put out (Gemma).
         attention_sequences: of so many calibration sequences attention's statistics are taken; null: of all.
         compared_sequences: so many run through the full-precision model too, to see the deviations; null: all. Column
             Hessians are taken of every sequence.
-        safety_net: a sixteenth of the text is kept from the statistics of q, k and v, and a head whose two-sided
-            solution does worse on it than GPTQ's, or moves the weights twice as far, gets GPTQ's; needs rows `boa` or
-            `gauss_newton`.
+        safety_net: as much text as a sixteenth of what attention's statistics are taken of is kept from those of q, k
+            and v, and a head whose two-sided solution does worse on it than GPTQ's, or moves the weights twice as far,
+            gets GPTQ's; needs rows `boa` or `gauss_newton`.
         refits: rounds of refitting the scales to the codes and solving the codes again, kept where the loss falls.
         rounding_iterations: steps of learned rounding (AdaRound) on the stored loss, kept where the loss falls.
         sweeps: sweeps of coordinate descent on the codes at the end.
@@ -52,8 +55,12 @@ class Options(BaseModel):
     def _options_agree(self) -> Options:
         if self.adaptive_rows and self.activation_order:
             raise ValueError("adaptive_rows takes rows in their own order: set activation_order to false")
+        if self.adaptive_rows and self.attention_rows not in ("boa", "gauss_newton"):
+            raise ValueError(f"adaptive_rows is for {_TWO_SIDED}, not {self.attention_rows!r}: set it to null")
         if self.residual and not self.recollect:
             raise ValueError("residual needs every stage apart: set recollect to true")
+        if self.residual and not self.deviation:
+            raise ValueError("residual is a share of deviation, which is 0: set that above 0, or residual to 0")
         if self.safety_net and self.attention_rows not in ("boa", "gauss_newton"):
-            raise ValueError(f"safety_net is for attention_rows 'boa' and 'gauss_newton', not {self.attention_rows!r}")
+            raise ValueError(f"safety_net is for {_TWO_SIDED}, not {self.attention_rows!r}: set it to false")
         return self

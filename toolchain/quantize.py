@@ -16,18 +16,19 @@ from safetensors.torch import save_file
 
 from boa_edge import __version__
 from boa_edge.errors import BoaEdgeError, UsageError
-from boa_edge.files import check_output, output_directory, write_json, write_text
+from boa_edge.files import as_input, check_output, check_writable, output_directory, write_json, write_text
 from boa_edge.progress import say
 from toolchain import distributed
 from toolchain.accelerator import find_accelerator
 from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import check_budget
 from toolchain.calibration import Calibration, kept_text, load_calibration
-from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, write_transforms, write_weights
+from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, stored_dtype, write_transforms, write_weights
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.guard import Guarded, guard
 from toolchain.loading import SourceModel, load_source
 from toolchain.loading.papers import copy_papers
+from toolchain.loading.streamed import streamed_blocks
 from toolchain.methods import METHODS
 from toolchain.metrics import Fidelity, evaluate_logits
 from toolchain.outliers import as_documents
@@ -42,7 +43,7 @@ from toolchain.transforms import online_products, to_record, transforms_of
 _PROMPT = "The capital of France is"
 _REFERENCE_TOKENS = 96
 _GREEDY_TOKENS = 32
-_RECORDED = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy", "gguf")
+_RECORDED = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy", "numba", "gguf")
 _GROUP_SIZES = (16, 32, 64, 128, 192, 256)
 
 
@@ -125,30 +126,47 @@ def quantize(
     for method in compare:
         if method not in METHODS:
             raise UsageError(f"unknown method {method!r}", where="--compare", fix=f"Accepted: {', '.join(METHODS)}")
-    check_output(output, overwrite=overwrite)
+    target, spill = distributed.from_main(
+        lambda: (
+            check_output(output, overwrite=overwrite, inputs=_inputs(model, recipe, calibration, spill)),
+            None if spill is None else check_writable(spill, "--spill"),
+        )
+    )
     place = find_accelerator(accelerator)
     torch.manual_seed(chosen.seed)
     say(f"loading {model}")
     source = load_source(model, stream)
     _check_groups(source, chosen)
     check_budget(source, chosen)
+    if calibration in (None, "self") and streamed_blocks(source.model) is not None:
+        say("note: to write its calibration text the model reads all its blocks from disk for every token")
+        say("note: a text file (--calibration FILE) takes minutes where that takes hours")
     text = distributed.from_main(
-        lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(output))
+        lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(target))
     )
-    others = [chosen.with_method(method) for method in compare if method != chosen.method]
+    others = [chosen.with_method(method) for method in dict.fromkeys(compare) if method != chosen.method]
     prepared = prepare(source, chosen, text.sequences)
-    unfinished = [_resume_file(output, prepared, each, text, place) for each in (*others, chosen)]
+    unfinished = [_resume_file(target, prepared, each, text, place) for each in (*others, chosen)]
     keep = Spill(spill, place)
     rows = [_quantize_and_score(prepared, *each, text, keep).row for each in zip(others, unfinished, strict=False)]
     own = _quantize_and_score(prepared, chosen, unfinished[-1], text, keep)
     rows.append(own.row)
     if distributed.is_main():
-        with output_directory(output, overwrite=overwrite) as directory:
+        with output_directory(target, overwrite=overwrite) as directory:
             _write(directory, prepared, chosen, text, own, rows, time.monotonic() - start)
         for resume in filter(None, unfinished):
             resume.discard()
-        shutil.rmtree(kept_text(output), ignore_errors=True)
+        shutil.rmtree(kept_text(target), ignore_errors=True)
     return QuantizeResult(output, chosen.name, tuple(rows), own.original_perplexity, time.monotonic() - start)
+
+
+def _inputs(model: str, recipe: str | Recipe, calibration: str | None, spill: Path | None) -> dict[str, Path | None]:
+    return {
+        "the model": None if model == "default" else as_input(model),
+        "the recipe": None if isinstance(recipe, Recipe) else as_input(recipe),
+        "the calibration text": None if calibration in (None, "self") else as_input(calibration),
+        "--spill": spill,
+    }
 
 
 def _check_groups(source: SourceModel, recipe: Recipe) -> None:
@@ -185,6 +203,7 @@ def _resume_file(
         "calibration": text.sequences,
         "weights": text.weights,
         "accelerator": place.type,
+        "number of processes": distributed.world_size(),
         "versions": _versions(),
     }
     return ResumeFile(output, recipe.method, identity)
@@ -252,7 +271,7 @@ def _score(
 
 def _float_parameters(source: SourceModel, quantized: QuantizedModel) -> dict[str, torch.Tensor]:
     """Parameters that stay in floating point, in the source's dtype."""
-    dtype = getattr(torch, str(source.config.get("dtype") or "float32").removeprefix("torch."))
+    dtype = stored_dtype(source.config)
     tied_head = f"{source.spec.head}.weight" if source.spec.tied_embeddings else None
     # Norms that have taken up scales would lose them to a narrower type.
     own = (

@@ -2,7 +2,7 @@
 
 A name reads as what it does:
 
-    w<bits>[g<group>][asym][a8[t]][kv8]-<method>[-<transform>...]
+    w<bits>[g<group>][asym][a8[t|r|s|u]][kv8[t]]-<method>[-<transform>...]
 
     w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
     w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from boa_edge.errors import UsageError
 from toolchain.activations.cache import CacheScheme
@@ -39,18 +40,21 @@ _NAME = re.compile(
     r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8[a-z]?)?(?P<kv8>kv8[a-z]?)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
 )
 _GRAMMAR = (
-    "w<bits>[g<group>][asym][a8[t]][kv8]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or "
-    "w4g32a8-edge-smooth; "
+    "w<bits>[g<group>][asym][a8[t|r|s|u]][kv8[t]]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or "
+    "w4g32a8-edge-smooth (int8 activations: a8 per block, a8t per token, a8r per row, a8s and a8u static; int8 keys "
+    "and values: kv8 per head, kv8t per token); "
     "wmix<megabytes>mb in place of w<bits> fits a budget"
 )
 # What stands behind `a8` and `kv8` in a name.
 _ACTIVATION_LETTERS = {"per_block": "", "per_token": "t", "per_row": "r", "static_int8": "s", "static_uint8": "u"}
 _CACHE_LETTERS = {"per_head": "", "per_token": "t"}
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
+_MOST = 1 << 20  # sequences, and tokens of one
+_LARGEST_SEED = (1 << 63) - 1  # of PyTorch's generators
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _as_tuple(value: object) -> object:
@@ -142,9 +146,9 @@ class CalibrationSize(_Frozen):
             better on real text (docs/benchmarks/zero_shot.md).
     """
 
-    sequences: int = Field(default=64, ge=1)
-    sequence_length: int = Field(default=512, ge=8)
-    held_out_sequences: int = Field(default=8, ge=1)
+    sequences: int = Field(default=64, ge=1, le=_MOST)
+    sequence_length: int = Field(default=512, ge=8, le=_MOST)
+    held_out_sequences: int = Field(default=8, ge=1, le=_MOST)
     pool: float = Field(default=1.0, ge=1, le=16)
 
 
@@ -152,11 +156,11 @@ class Recipe(_Frozen):
     """One quantization, spelled out.
 
     Attributes:
-        method: `rtn`, `gptq` or `boa`.
+        method: a line of `toolchain.methods.METHODS`.
         weights: format of the linears of every block.
         embedding: format of the embedding table and head; null keeps them in floating point.
         scale_search: how grids are chosen; null takes the method's own (minmax for rtn, hessian for the others).
-        solver: null takes the method's own options.
+        solver: what differs from the method's own options; null: nothing.
         round_scales: round scales to bfloat16 before the codes are solved, so that every runtime holds them exactly.
         damping: added to the diagonal of each Hessian, relative to its mean.
         activations: null leaves them in floating point.
@@ -178,12 +182,24 @@ class Recipe(_Frozen):
     transforms: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
     learning: LearningChoice = LearningChoice()
     calibration: CalibrationSize = CalibrationSize()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=_LARGEST_SEED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _solver_over_the_methods_own(cls, document: Any) -> Any:
+        """What `solver` leaves out is what the method has there."""
+        if isinstance(document, dict) and isinstance(solver := document.get("solver"), dict):
+            method = METHODS.get(str(document.get("method")))
+            if method is not None and method.options is not None:
+                return {**document, "solver": method.options.model_dump() | solver}
+        return document
 
     @model_validator(mode="after")
     def _known_method(self) -> Recipe:
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; accepted: {', '.join(METHODS)}")
+        if self.solver is not None and METHODS[self.method].options is None:
+            raise ValueError(f"solver: method {self.method!r} solves nothing; leave it out, or choose another method")
         for name in self.transforms:
             if name not in NAMES:
                 raise ValueError(f"transform {name!r} is unknown; accepted: {', '.join(NAMES)}")
@@ -204,6 +220,12 @@ class Recipe(_Frozen):
     def options(self) -> Options | None:
         """The solver options in force; None for a method that needs no statistics."""
         return self.solver or METHODS[self.method].options
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether a transform gives the head a table of its own, if it has none yet."""
+        learned = LEARNED_ROTATION in self.transforms and self.learning.head == "untied"
+        return "rotateuntied" in self.transforms or learned
 
     @property
     def grid_format(self) -> GridFormat:
@@ -275,11 +297,32 @@ def load_recipe(recipe: str) -> Recipe:
     return parse_recipe(document, f"recipe {recipe!r}")
 
 
+class _TwiceError(yaml.YAMLError):
+    """A key comes twice in a mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which a key that comes twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node: Any = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _TwiceError(f"key {key.value!r} comes twice, the second time on line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return node
+
+
 def _from_file(path: Path) -> Recipe:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UsageError("no such recipe file", where=path) from None
+    except OSError as error:
+        raise UsageError(f"cannot be read ({error.strerror})", where=path) from None
+    except _TwiceError as error:
+        raise UsageError(str(error), where=path, fix="Remove one of them") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
     if not isinstance(document, dict):
@@ -313,11 +356,22 @@ def _explain(error: ValidationError) -> str:
             hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(known)}"
             lines.append(f"unknown key {field!r}, {hint}")
         elif problem["type"] == "missing":
-            lines.append(f"{field} is missing")
+            accepted = f", accepted: {', '.join(METHODS)}" if field == "method" else ""
+            lines.append(f"{field} is missing{accepted}")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _in_terms_of_yaml(problem)
             lines.append(f"{field}: {message}, found {problem['input']!r}" if field else message)
     return "; ".join(lines)
+
+
+def _in_terms_of_yaml(problem: ErrorDetails) -> str:
+    """A message of pydantic's, less its words for Python's types."""
+    if problem["type"] == "tuple_type":
+        return "Input should be a list"
+    if problem["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        known = _fields_beside((*problem["loc"], "")) if problem["loc"] else list(Recipe.model_fields)
+        return f"Input should be a mapping of {', '.join(known)}"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _fields_beside(location: tuple[int | str, ...]) -> list[str]:

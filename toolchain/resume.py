@@ -39,13 +39,16 @@ class ResumeFile:
         if known.exists():
             found = read_json(known, "the identity of an unfinished run")
             differing = [key for key in self._identity if found.get(key) != self._identity[key]]
-            if differing:
+            count = len(list(self.directory.glob("block-*.safetensors")))
+            if differing and not count:
+                self.discard()
+            elif differing:
                 fix = f"Delete {self.directory} to start over, or choose another -o"
                 problem = f"an unfinished run differs from this one in: {', '.join(differing)}"
                 raise BoaEdgeError(problem, where=self.directory, fix=fix)
-            count = len(list(self.directory.glob("block-*.safetensors")))
-            say(f"resuming {method}: {count} blocks are finished")
-            return
+            else:
+                say(f"resuming {method}: {count} blocks are finished")
+                return
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_json(known, self._identity)

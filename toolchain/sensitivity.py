@@ -19,6 +19,7 @@ their errors are hardly correlated, so of the row Hessians the diagonals are eno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -202,5 +203,7 @@ def _falling(errors: dict[int, float]) -> dict[int, float]:
     least = float("inf")
     falling = {}
     for bits in sorted(errors):
+        if not math.isfinite(errors[bits]):
+            raise ArithmeticError(f"a predicted error at {bits} bits is {errors[bits]}")
         least = falling[bits] = min(least, max(0.0, errors[bits]))
     return falling

@@ -12,6 +12,7 @@ from boa_edge.errors import BoaEdgeError
 
 # Placeholder that tokenised corpora print for rare words; as text it would be a token that no user ever types.
 _UNKNOWN_MARKER = "<unk>"
+_PROBE = "text"
 
 
 def read_text(path: Path) -> str:
@@ -38,6 +39,17 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """What the tokenizer puts before every text it is given (Gemma, Llama 3: the token that begins one), or nothing.
+
+    A model that was trained behind it, and meets it on every device, is lost without: Gemma's perplexity grows tenfold.
+    """
+    plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_PROBE)["input_ids"]
+    starts = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
+
+
 def spread(rows: Tensor, count: int) -> Tensor:
     """At most `count` rows [n, ...], evenly spread, so that a long text is seen from end to end."""
     if rows.shape[0] <= count:
@@ -45,14 +57,23 @@ def spread(rows: Tensor, count: int) -> Tensor:
     return rows[torch.linspace(0, rows.shape[0] - 1, count).round().to(torch.int64)]
 
 
-def sequences(tokens: Tensor, length: int, where: object) -> Tensor:
+def sequences(tokens: Tensor, length: int, where: object, first: tuple[int, ...] = ()) -> Tensor:
     """Consecutive sequences without overlap, int64 [n, length]; the rest is dropped.
+
+    Args:
+        first: tokens that every sequence begins with, of its length.
 
     Raises:
         BoaEdgeError: fewer tokens than one sequence.
     """
-    count = tokens.numel() // length
+    own = length - len(first)
+    count = tokens.numel() // own if own > 0 else 0
     if count == 0:
         fix = f"Give at least {length} tokens of text, or a shorter sequence length"
         raise BoaEdgeError(f"{tokens.numel()} tokens are less than one sequence of {length}", where=where, fix=fix)
-    return tokens[: count * length].view(count, length)
+    return behind(first, tokens[: count * own].view(count, own))
+
+
+def behind(first: tuple[int, ...], rows: Tensor) -> Tensor:
+    """Rows [n, length] with tokens before each, [n, len(first) + length]."""
+    return torch.cat([torch.tensor(first, dtype=rows.dtype).expand(rows.shape[0], -1), rows], 1) if first else rows

@@ -52,17 +52,15 @@ class Texts:
             problem = f"{sequences.shape[0]} calibration sequences, in batches of {BATCH}, do not occupy "
             fix = "Start fewer processes, or use more calibration sequences"
             raise UsageError(f"{problem}{distributed.world_size()} processes", where="torchrun", fix=fix)
-        places = list(range(len(batches)))[own]
-        compared = _spread(range(len(batches)), options.compared_sequences)
-        recorded = _spread(compared, options.attention_sequences)
-        # Those that most is taken of come first.
-        places.sort(key=lambda place: (place not in recorded, place not in compared))
+        order, recorded, compared = _in_order(len(batches), options)
+        places = [place for place in order if own.start <= place < own.stop]
         self._recorded = len(set(recorded).intersection(places))
+        unseen = order[len(order) - _kept_apart(len(batches), len(recorded), options) :]
+        self._kept_apart = len(set(unseen).intersection(places))
         with embedded_by(source, tables or {}):
             self._text = Stream([keep(embed(batches[place])) for place in places], keep)
-        compares = options.deviation > 0 or options.residual > 0
         followed = places[: len(set(compared).intersection(places))]
-        self._reference = Stream([keep(embed(batches[place])) for place in followed], keep) if compares else None
+        self._reference = Stream([keep(embed(batches[place])) for place in followed], keep) if compared else None
         self._token_weights = None
         if sequence_weights is not None:
             rows = sequence_weights.to(keep.place, torch.float32)[:, None].expand(-1, sequences.shape[1]).split(BATCH)
@@ -106,11 +104,11 @@ class Texts:
                     self._reference,
                     wanted,
                     self._token_weights,
-                    self._seen(stage, options),
+                    range(self._unseen(stage).start),
                     self._recorded,
                     statistics,
                 )
-                held_out = self._held_out(stage, options, wanted)
+                held_out = self._held_out(stage, wanted)
                 weights = {role: runner.original(role) for role in stage}
                 solved |= solve_stage(self._source.spec, weights, statistics, settings, options, held_out)
                 for role in stage:
@@ -122,22 +120,15 @@ class Texts:
                     self._text.outputs[role] = inputs
         return solved
 
-    def _unseen(self, stage: tuple[str, ...], options: Options) -> range:
+    def _unseen(self, stage: tuple[str, ...]) -> range:
         """The batches that a stage's statistics are not taken of, for the safety net; they are the last."""
         count = len(self._text.hidden)
-        if not options.safety_net or not {"q", "k", "v"} & set(stage):
-            return range(count, count)
-        if min(distributed.gather(count)) < _FEWEST_FOR_NET:
-            return range(count, count)
-        return range(count - max(1, self._recorded // _HELD_OUT), count)
+        return range(count - self._kept_apart if {"q", "k", "v"} & set(stage) else count, count)
 
-    def _seen(self, stage: tuple[str, ...], options: Options) -> range:
-        return range(self._unseen(stage, options).start)
-
-    def _held_out(self, stage: tuple[str, ...], options: Options, wanted: Wanted) -> BlockStatistics | None:
+    def _held_out(self, stage: tuple[str, ...], wanted: Wanted) -> BlockStatistics | None:
         """Statistics of the batches that were kept from those of the stage, or None."""
-        unseen = self._unseen(stage, options)
-        if not unseen:
+        unseen = self._unseen(stage)
+        if not distributed.total(len(unseen)):
             return None
         assert self._runner is not None
         reference = self._reference if "down" in stage else None  # which has to follow where the whole block is run
@@ -184,6 +175,30 @@ class Texts:
                     assert hidden is not None
                     self._reference.following.append(self._reference.keep(hidden))
         self.advance()
+
+
+def _in_order(count: int, options: Options) -> tuple[list[int], list[int], list[int]]:
+    """All batches, those that most is taken of first; those that attention's statistics are taken of; and those that
+    run through the full-precision model too. The smaller part of the two lies in the larger.
+    """
+    every = range(count)
+    if not options.deviation:
+        recorded, compared = _spread(every, options.attention_sequences), []
+    elif len(_spread(every, options.attention_sequences)) <= len(_spread(every, options.compared_sequences)):
+        compared = _spread(every, options.compared_sequences)
+        recorded = _spread(compared, options.attention_sequences)
+    else:
+        recorded = _spread(every, options.attention_sequences)
+        compared = _spread(recorded, options.compared_sequences)
+    order = sorted(every, key=lambda place: (place not in recorded) + (place not in compared))
+    return order, recorded, compared
+
+
+def _kept_apart(count: int, recorded: int, options: Options) -> int:
+    """How many batches the statistics of q, k and v are not taken of, whatever the number of ranks."""
+    if not options.safety_net or count < _FEWEST_FOR_NET:
+        return 0
+    return max(1, recorded // _HELD_OUT)
 
 
 def _spread(batches: Sequence[int], sequences: int | None) -> list[int]:

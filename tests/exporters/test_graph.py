@@ -156,7 +156,10 @@ def test_three_bits_say_that_the_file_is_not_smaller(make_tiny: Callable[..., Ti
     assert any("3-bit" in note and "not smaller" in note for note in result.notes)
     assert result.quantized_linears == 15
     four = export(make_tiny(bits=4, name="four").path, "onnx", tmp_path / "bundle4")
-    assert four.notes == ()
+    assert [note for note in four.notes if "floating-point activations" not in note] == []
+    kept = export(tiny.path, "onnx", tmp_path / "float", activations="float32")
+    for made, unplanned in ((four, True), (kept, False)):
+        assert any("quantized for floating-point activations" in note for note in made.notes) == unplanned
     assert four.weight_bytes == result.weight_bytes
     two = export(make_tiny(bits=2, name="two").path, "onnx", tmp_path / "bundle2")
     assert two.weight_bytes < four.weight_bytes

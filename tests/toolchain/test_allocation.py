@@ -23,12 +23,13 @@ from toolchain.entry import decoder_layers, entry, own_attention
 from toolchain.grids import find_grid
 from toolchain.loading import SourceModel, load_source
 from toolchain.quantize import quantize
-from toolchain.quantized import SUPPORTED_BITS
+from toolchain.quantized import SUPPORTED_BITS, payload_size
 from toolchain.recipe import CalibrationSize, Recipe, load_recipe, parse_recipe
 from toolchain.resume import ResumeFile
 from toolchain.sensitivity import predict_errors
 from toolchain.solvers import gptq
 from toolchain.solvers.linear_algebra import inverse_factor
+from toolchain.transforms import RotateResidual, apply
 
 SMALL = {"sequences": 6, "sequence_length": 48, "held_out_sequences": 1}
 FORMAT = load_recipe("w4g32-gptq").grid_format
@@ -186,6 +187,17 @@ def test_plenty_is_eight_bits_and_too_little_names_the_least(tiny_model: Path, t
     for directory, bits in (("least", 2), ("most", 8)):
         checkpoint = Checkpoint(tmp_path / directory)
         assert {checkpoint.quantized(name).bits for name in source.spec.linear_inputs()} == {bits}
+
+
+def test_a_head_that_will_be_untied_is_paid_for_before_any_work(tiny_model: Path) -> None:
+    source = load_source(str(tiny_model))
+    document = {"method": "gptq", "weights": {"bits": "auto", "budget_mb": 1.0}, "transforms": ["rotateuntied"]}
+    recipe = parse_recipe(document, "test")
+    tied = parse_recipe(document | {"transforms": []}, "test")
+    table = payload_size(264, 64, 1, 8, True)
+    assert fixed_bytes(source, recipe) == fixed_bytes(source, tied) + table
+    untied, _ = apply(source, [RotateResidual(0, "untied")])
+    assert fixed_bytes(source, recipe) == fixed_bytes(untied, recipe)
 
 
 def test_a_stopped_run_goes_on_with_the_bits_it_has_chosen(

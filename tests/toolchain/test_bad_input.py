@@ -68,6 +68,34 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ("quantized", lambda m: edit_config(m, quantization_config={"quant_method": "gptq"}), "is quantized already"),
     ("activation", lambda m: edit_config(m, hidden_act="gelu"), "activation 'gelu'"),
     ("shape", lambda m: edit_config(m, intermediate_size=128), "mismatched keys"),
+    ("heads", lambda m: edit_config(m, num_attention_heads=3), "config.json: num_key_value_heads: 2 does not divide"),
+    ("head size", lambda m: edit_config(m, num_attention_heads=6, head_dim=None), "not a multiple of the number of"),
+    (
+        "width",
+        lambda m: edit_config(m, hidden_size="64"),
+        'config.json: hidden_size: "64" is not a whole number',
+    ),
+    ("layers null", lambda m: edit_config(m, num_hidden_layers=None), "config.json: num_hidden_layers: null is not"),
+    ("layers 0", lambda m: edit_config(m, num_hidden_layers=0), "config.json: num_hidden_layers: 0 is not"),
+    ("eps", lambda m: edit_config(m, rms_norm_eps="1e-5"), 'config.json: rms_norm_eps: "1e-5" is not a number above 0'),
+    ("rope", lambda m: edit_config(m, rope_parameters="x"), 'config.json: rope_parameters: "x" is not a mapping'),
+    (
+        "rope's base",
+        lambda m: edit_config(m, rope_parameters={"rope_type": "default", "rope_theta": None}),
+        "config.json: rope_parameters.rope_theta: null is not a number above 0",
+    ),
+    (
+        "rope's kind",
+        lambda m: edit_config(m, rope_parameters={"rope_type": "foo", "rope_theta": 1e4}),
+        "broken/config.json: rope_scaling: unknown RoPE type 'foo'",
+    ),
+    ("no activation", lambda m: edit_config(m, hidden_act=None), "Field 'hidden_act' expected str, got NoneType"),
+    ("flag", lambda m: edit_config(m, tie_word_embeddings="yes"), "Field 'tie_word_embeddings' expected bool"),
+    ("architectures", lambda m: edit_config(m, architectures=3), "config.json: architectures: 3 is not a list"),
+    ("dtype", lambda m: edit_config(m, dtype="float99"), 'config.json: dtype: "float99" is not one of float32'),
+    ("padding", lambda m: edit_config(m, pad_token_id=9999), "cannot be loaded by `transformers` (Padding_idx"),
+    ("no mapping", lambda m: (m / "config.json").write_text("[1]"), "must be a JSON object, and here is [1]"),
+    ("settings", lambda m: (m / "generation_config.json").write_text('"x"'), 'and here is "x". Download the file'),
     ("tokenizer", lambda m: (m / "tokenizer.json").write_text("nonsense"), "no usable tokenizer"),
 ]
 
@@ -79,6 +107,19 @@ def test_a_broken_model_directory(model: Path, change: Callable[[Path], object],
         load_source(str(model))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, "relu", 3])
+def test_the_activation_of_another_family(directory: Callable[[str], Path], value: object, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(directory("gemma2"), tmp_path / "gemma2"))
+    edit_config(broken, hidden_activation=value)
+    with pytest.raises(BoaEdgeError, match=r"gemma2/config\.json: .*activation"):
+        load_source(str(broken))
+
+
+def test_what_configurations_may_leave_out(model: Path) -> None:
+    edit_config(model, rope_parameters=None, rope_theta=10000.0, sliding_window=None)
+    assert load_source(str(model)).spec.layers == 2
 
 
 def write_gguf(path: Path, architecture: str) -> Path:
@@ -141,6 +182,33 @@ def test_calibration_text(tiny_model: Path, tmp_path: Path) -> None:
         load_calibration("wikitxt", source, size, 0)
     with pytest.raises(BoaEdgeError, match="data set wikitext2: cannot be loaded"):
         load_calibration("wikitext2", source, size, 0)
+
+
+def test_less_text_than_asked_for_is_said(
+    tiny_model: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = load_source(str(tiny_model))
+    sizes = [
+        (CalibrationSize(sequences=8, sequence_length=64, held_out_sequences=2), ""),
+        (
+            CalibrationSize(sequences=4, sequence_length=1 << 20, held_out_sequences=1 << 20),
+            "calibration: sequence_length 128 in place of 1048576 (the longest that the model reads), "
+            "held_out_sequences 14 in place of 1048576 (at most a fifth of the text)",
+        ),
+        (
+            CalibrationSize(sequences=1 << 20, sequence_length=64),
+            "calibration: sequences 139 in place of 1048576 (all that the text",
+        ),
+    ]
+    for size, message in sizes:
+        text = load_calibration(str(text_file), source, size, 0)
+        said = capsys.readouterr().err
+        assert said[: len(message)] == message
+        assert bool(said) == bool(message)
+        assert (text.sequences.shape[0], text.held_out.shape[0]) == (
+            text.source["sequences"],
+            text.source["held_out_sequences"],
+        )
 
 
 def test_one_sequence_of_text_serves_for_both_and_says_so(tiny_model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import yaml
 
 from boa_edge.errors import UsageError
 from toolchain.methods import METHODS
-from toolchain.options import Options
 from toolchain.recipe import load_recipe, parse_recipe
 
 
@@ -39,9 +38,13 @@ def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("solver", [None, {"sweeps": 3}])
 def test_the_effective_recipe_leaves_nothing_to_the_method(method: str, solver: dict[str, int] | None) -> None:
     """It says what the method's own options are, and still another method would have its own."""
+    options = METHODS[method].options
+    if options is None:
+        solver = None
+    elif solver is not None:
+        options = options.model_copy(update=solver)
     recipe = parse_recipe({"method": method, "weights": {"bits": 4}, "solver": solver}, "test")
     document = yaml.safe_load(recipe.to_yaml())
-    options = METHODS[method].options if solver is None else Options(sweeps=3)
     assert document["solver"] == (None if options is None else options.model_dump())
     assert document["scale_search"] == METHODS[method].default_search
     again = parse_recipe(document, "test")
@@ -83,6 +86,22 @@ def test_a_bad_name_says_what_is_accepted(name: str, message: str) -> None:
         ("method: boa\nweights: {bits: 4}\ndamping: -1", "damping: Input should be greater than 0, found -1"),
         ("method: rtn\nweights: {bits: 4}\nscale_search: hessian", "needs statistics"),
         ("- boa", "a mapping of fields is expected"),
+        ("weights: {bits: 4}", "method is missing, accepted: rtn, gptq, boa"),
+        ("method: boa\nweights: 4", "weights: Input should be a mapping of bits, budget_mb, group_size, symmetric"),
+        ("method: boa\nweights: {bits: 4}\nactivations: true", "activations: Input should be a mapping of scheme"),
+        ("method: boa\nweights: {bits: 4}\ntransforms: smooth", "transforms: Input should be a list, found 'smooth'"),
+        ("method: boa\nweights: {bits: auto, budget_mb: .inf}", "weights.budget_mb: Input should be a finite number"),
+        ("method: boa\nweights: {bits: 4}\nseed: 9223372036854775808", "seed: Input should be less than or equal to"),
+        ("method: boa\nweights: {bits: 4}\nmethod: rtn", "key 'method' comes twice, the second time on line 3"),
+        ("method: boa\nweights: {bits: 4, bits: 8}", "key 'bits' comes twice, the second time on line 2"),
+        (
+            "method: boa\nweights: {bits: 4}\ncalibration: {sequence_length: 1048577}",
+            "calibration.sequence_length: Input should be less than or equal to 1048576",
+        ),
+        (
+            "method: boa\nweights: {bits: 4}\ncalibration: {sequences: 100000000000}",
+            "calibration.sequences: Input should be less than or equal to 1048576",
+        ),
         ("method: [boa", "is not valid YAML"),
     ],
 )
@@ -99,8 +118,11 @@ def test_a_bad_file_names_the_field(tmp_path: Path, text: str, message: str) -> 
 @pytest.mark.parametrize(
     ("solver", "message"),
     [
-        ({"residual": 0.5}, "set recollect to true"),
-        ({"adaptive_rows": 16, "activation_order": True}, "set activation_order to false"),
+        ({"residual": 0.5, "recollect": False}, "set recollect to true"),
+        ({"deviation": 0.0}, "set that above 0, or residual to 0"),
+        ({"adaptive_rows": 16}, "set activation_order to false"),
+        ({"adaptive_rows": 16, "activation_order": False, "attention_rows": "aespa"}, "set it to null"),
+        ({"attention_rows": "none"}, "safety_net is for attention_rows 'boa' and 'gauss_newton', not 'none'"),
         ({"deviation": 2.0}, "less than or equal to 1"),
         ({"devation": 0.5}, "devation"),
     ],
@@ -109,3 +131,9 @@ def test_solver_options_that_do_not_go_together_are_refused(solver: dict[str, ob
     with pytest.raises(UsageError) as caught:
         parse_recipe({"method": "edge", "weights": {"bits": 4}, "solver": solver}, "recipe.yaml")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", [{}, {"refits": 1}])
+def test_a_method_that_solves_nothing_has_no_solver(solver: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"recipe\.yaml: solver: method 'rtn' solves nothing"):
+        parse_recipe({"method": "rtn", "weights": {"bits": 4}, "solver": solver}, "recipe.yaml")

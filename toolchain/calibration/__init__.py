@@ -11,14 +11,22 @@ from torch import Tensor
 
 from boa_edge.errors import UsageError
 from boa_edge.files import sha256_file
+from boa_edge.progress import say
 from toolchain.calibration.kept import kept_text
 from toolchain.calibration.named import DATASETS, dataset_sequences
 from toolchain.calibration.pool import self_text
 from toolchain.loading import SourceModel
 from toolchain.recipe import CalibrationSize
-from toolchain.text import read_text, sequences, spread, tokenize
+from toolchain.text import opening, read_text, sequences, spread, tokenize
 
 __all__ = ["DATASETS", "Calibration", "kept_text", "load_calibration"]
+
+# Fields of a recipe's `calibration` that may not be had as asked for, and why.
+_LIMITED = {
+    "sequence_length": "the longest that the model reads",
+    "sequences": "all that the text holds",
+    "held_out_sequences": "at most a fifth of the text",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ def load_calibration(
 ) -> Calibration:
     """Calibration text by what the user wrote: a file, a data set's name, or `self` (also when None).
 
+    Where it is less than `size` asks for, a line on stderr says so.
+
     Args:
         keep: directory in which text that the model writes is kept until the caller removes it, so that an
             interrupted run does not write it again; None keeps nothing.
@@ -52,6 +62,19 @@ def load_calibration(
     Raises:
         UsageError, BoaEdgeError: no such file or name, a text shorter than one sequence, a hub out of reach.
     """
+    text = _load(choice, source, size, seed, keep)
+    found = {field: (text.source[field], getattr(size, field)) for field in _LIMITED}
+    less = [
+        f"{field} {used} in place of {asked} ({_LIMITED[field]})"
+        for field, (used, asked) in found.items()
+        if used != asked
+    ]
+    if less:
+        say(f"calibration: {', '.join(less)}")
+    return text
+
+
+def _load(choice: str | None, source: SourceModel, size: CalibrationSize, seed: int, keep: Path | None) -> Calibration:
     length = min(size.sequence_length, source.spec.max_positions)
     wanted = size.sequences + size.held_out_sequences
     if choice is None or choice == "self":
@@ -60,7 +83,7 @@ def load_calibration(
         return _described(text.sequences, text.held_out, False, facts, text.weights)
     path = Path(choice).expanduser()
     if path.is_file():
-        rows = sequences(tokenize(read_text(path), source.tokenizer), length, path)
+        rows = sequences(tokenize(read_text(path), source.tokenizer), length, path, opening(source.tokenizer))
         return _split(spread(rows, wanted), size, {"source": choice, "sha256": sha256_file(path)})
     if choice in DATASETS:
         held = min(size.held_out_sequences, max(wanted // 5, 1))

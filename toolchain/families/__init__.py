@@ -8,6 +8,8 @@ from typing import Any
 from boa_edge.errors import BoaEdgeError
 from toolchain.families import gemma, llama, opt, phi3, qwen, smollm3
 from toolchain.families.base import ROLES, AttentionSpec, DecoderSpec, Family, LayerNames, NormKind, Part
+from toolchain.families.common import WRONG_VALUES, refusal
+from toolchain.families.fields import check_fields
 
 __all__ = [
     "FAMILIES",
@@ -59,5 +61,23 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
 
 
 def describe(config: Mapping[str, Any], where: object) -> DecoderSpec:
-    """The DecoderSpec of a config.json."""
-    return family_of(config, where).describe(config)
+    """The DecoderSpec of a config.json.
+
+    Raises:
+        BoaEdgeError: of `where`, with the field: a value is impossible, or describes what nobody serves.
+    """
+    try:
+        check_fields(config)
+        return family_of(config, where).describe(config)
+    except WRONG_VALUES as error:
+        raise _placed(refusal(error), where) from None
+    except BoaEdgeError as error:
+        raise _placed(error, where) from None
+
+
+def _placed(error: BoaEdgeError, where: object) -> BoaEdgeError:
+    """The same error with the file's path: families call it `config.json`, wherever it is."""
+    found = str(error.where)
+    if not found.startswith("config.json"):
+        return error
+    return BoaEdgeError(error.what, where=f"{where}{found.removeprefix('config.json')}", fix=error.fix)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from boa_edge.errors import BoaEdgeError
 from toolchain.families.base import AttentionSpec, DecoderSpec, LayerNames
 
+# What arithmetic on a wrong value raises, before anybody has looked at it.
+WRONG_VALUES = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError)
 _NOT_PASSED_ON = ("model_type", "quantization_config")
 
 
@@ -20,9 +23,14 @@ def parse(config: Mapping[str, Any]) -> Any:
     values = {key: value for key, value in config.items() if key not in _NOT_PASSED_ON}
     try:
         return AutoConfig.for_model(config["model_type"], **values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BoaEdgeError(f"is no configuration that `transformers` accepts ({reason})", where="config.json") from None
+    except (*WRONG_VALUES, StrictDataclassError) as error:
+        raise refusal(error) from None
+
+
+def refusal(error: Exception) -> BoaEdgeError:
+    """What an error of `transformers`, or of reading its configuration, says of config.json."""
+    reason = " ".join(str(error.__cause__ or error).split())[:300]
+    return BoaEdgeError(f"is no configuration that `transformers` accepts ({reason})", where="config.json")
 
 
 def head_dim(hf: Any) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import read_json
+from boa_edge.progress import say
 from toolchain.families import DecoderSpec, describe
 from toolchain.loading.default import default_model_file
 from toolchain.loading.gguf import describe_gguf, load_gguf
@@ -42,13 +43,13 @@ def load_source(model: str, stream: bool | None = False) -> SourceModel:
         BoaEdgeError, UsageError: it is none of the accepted, or it cannot be loaded.
     """
     if model == "default":
-        return load_gguf(default_model_file(), "default (SmolLM2-135M-Instruct)")
+        return _whole(default_model_file(), "default (SmolLM2-135M-Instruct)", stream)
     path = Path(model).expanduser()
     if path.is_dir():
         return load_directory(path, model, stream)
     if path.is_file():
         if path.suffix == ".gguf":
-            return load_gguf(path, model)
+            return _whole(path, model, stream)
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             fix = "Pickles can run code and are never read: save the model with safetensors first"
             raise BoaEdgeError("is a pickle checkpoint", where=path, fix=fix)
@@ -57,3 +58,9 @@ def load_source(model: str, stream: bool | None = False) -> SourceModel:
         return load_directory(download(model), model, stream)
     fix = "Accepted: `default`, a model directory, a .gguf file or a hub id such as owner/name"
     raise UsageError("no such model", where=model, fix=fix)
+
+
+def _whole(path: Path, identity: str, stream: bool | None) -> SourceModel:
+    if stream:
+        say("a GGUF file is read as a whole, streaming or not")
+    return load_gguf(path, identity)

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import sha256_file
 from toolchain.families import FAMILIES, DecoderSpec, describe
+from toolchain.loading.sound import check_model
 from toolchain.loading.source import SourceModel
 
 _DAMAGED = (ValueError, IndexError, OverflowError, struct.error, UnicodeDecodeError, KeyError, OSError)
@@ -49,6 +50,7 @@ def load_gguf(path: Path, identity: str) -> SourceModel:
         model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
+    check_model(model, path)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, key, metadata.get(f"tokenizer.ggml.{key.replace('pad_token', 'padding_token')}"))
     document = {**config.to_dict(), "architectures": [type(loaded).__name__], "dtype": "float32"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import httpx2
@@ -12,6 +13,8 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from toolchain.loading.papers import PATTERNS
 
+# One of these a tokenizer has.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Weights as safetensors, the configuration and the tokenizer; never pickles, never code.
 _WANTED = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", *PATTERNS]
 
@@ -24,12 +27,15 @@ def download(repository: str) -> Path:
     """
     where = f"hub model {repository!r}"
     try:
-        return Path(snapshot_download(repository, allow_patterns=_WANTED, local_files_only=True))
+        cached = Path(snapshot_download(repository, allow_patterns=_WANTED, local_files_only=True))
+        if _is_whole(cached):
+            return cached
     except (LocalEntryNotFoundError, OSError, ValueError):
-        say(f"downloading {repository}")
+        pass
     if constants.HF_HUB_OFFLINE:
         fix = "Unset HF_HUB_OFFLINE, or pass a model directory"
-        raise BoaEdgeError("is not in the cache, and HF_HUB_OFFLINE is set", where=where, fix=fix)
+        raise BoaEdgeError("is not in the cache, or not all of it, and HF_HUB_OFFLINE is set", where=where, fix=fix)
+    say(f"downloading {repository}")
     try:
         return Path(snapshot_download(repository, allow_patterns=_WANTED, etag_timeout=10))
     except GatedRepoError:
@@ -41,3 +47,18 @@ def download(repository: str) -> Path:
         reason = " ".join(str(error).split())[:160]
         fix = "Check the network, or pass a model directory that is already on this machine"
         raise BoaEdgeError(f"the hub cannot be reached ({reason})", where=where, fix=fix) from None
+
+
+def _is_whole(snapshot: Path) -> bool:
+    """Whether a model can be loaded from what is in the cache: a download may have been stopped, and other programs
+    fetch a configuration or a tokenizer alone.
+    """
+    index = snapshot / "model.safetensors.index.json"
+    weights = [snapshot / "model.safetensors"]
+    if index.exists():
+        try:
+            table = json.loads(index.read_text(encoding="utf-8"))
+            weights = [snapshot / name for name in set(table["weight_map"].values())]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return all(file.exists() for file in weights) and any((snapshot / name).exists() for name in _TOKENIZERS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,9 +16,22 @@ from boa_edge.files import read_json, sha256_file
 from boa_edge.progress import say
 from toolchain.families import describe
 from toolchain.loading.papers import find_papers
+from toolchain.loading.sound import check_head, check_model
 from toolchain.loading.source import SourceModel
 from toolchain.loading.streamed import is_large, load_streamed
 
+# What building a model of a wrong configuration raises.
+_UNFIT = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -30,9 +45,10 @@ def load_directory(directory: Path, identity: str, stream: bool | None = False) 
         BoaEdgeError: a file is missing, damaged or a pickle; the architecture is unknown; the directory wants its own
             code run; the weights do not fit the configuration.
     """
-    config = read_json(directory / "config.json", "the model configuration")
-    if not isinstance(config, dict):
-        raise BoaEdgeError("is not a model configuration", where=directory / "config.json")
+    if not (directory / "config.json").exists() and (directory / "adapter_config.json").exists():
+        fix = "Merge it into its base model and save that (peft: `merge_and_unload()`, then `save_pretrained`)"
+        raise BoaEdgeError("holds an adapter, not a model", where=directory, fix=fix)
+    config = _mapping(directory / "config.json", "the model configuration")
     if config.get("auto_map"):
         raise BoaEdgeError(
             "the model wants code of its own directory run (auto_map), which is refused",
@@ -43,24 +59,35 @@ def load_directory(directory: Path, identity: str, stream: bool | None = False) 
     if config.get("quantization_config"):
         fix = "Start from the floating-point model"
         raise BoaEdgeError("the model is quantized already", where=directory / "config.json", fix=fix)
+    settings = directory / "generation_config.json"
+    generation = _mapping(settings, "the generation settings") if settings.exists() else {}
     shards = _shards(directory)
     for shard in shards:
         _check_safetensors(shard)
+    check_head(directory, shards, spec)
     model = _open_model(directory, shards) if stream or (stream is None and is_large(shards)) else None
     model = _load_model(directory) if model is None else model
+    check_model(model, directory)
     tokenizer = load_tokenizer(directory)
     read = [directory / "config.json", *shards, *sorted(directory.glob("tokenizer*"))]
-    generation = directory / "generation_config.json"
     return SourceModel(
         identity=identity,
         model=model,
         tokenizer=tokenizer,
         config=config,
-        generation_config=read_json(generation, "the generation settings") if generation.exists() else {},
+        generation_config=generation,
         spec=spec,
         files={path.name: sha256_file(path) for path in read if path.is_file()},
         papers=find_papers(directory),
     )
+
+
+def _mapping(path: Path, what: str) -> dict[str, Any]:
+    document = read_json(path, what)
+    if not isinstance(document, dict):
+        problem = f"{what} must be a JSON object, and here is {json.dumps(document)[:40]}"
+        raise BoaEdgeError(problem, where=path, fix="Download the file again")
+    return document
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -107,7 +134,7 @@ def _check_safetensors(path: Path) -> None:
 def _open_model(directory: Path, shards: list[Path]) -> torch.nn.Module | None:
     try:
         model = load_streamed(directory, shards)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError):
+    except (*_UNFIT, SafetensorError):
         return None  # loading it as a whole says what is wrong
     if model is None:
         say("its weights are named otherwise in the files than in the model: it is loaded as a whole")
@@ -127,7 +154,7 @@ def _load_model(directory: Path) -> torch.nn.Module:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except _UNFIT as error:
         reason = " ".join(str(error).split())[:300]
         raise BoaEdgeError(f"cannot be loaded by `transformers` ({reason})", where=directory) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolchain.entry import decoder_layers
+from toolchain.loading.sound import check_finite
 
 _ATTRIBUTE = "boa_edge_blocks"
 # A model that takes up a larger part of the machine's memory in float32 is streamed: it is there twice while it is
@@ -200,6 +201,12 @@ def load_streamed(directory: Path, files: list[Path]) -> nn.Module | None:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """A tensor of a safetensors file in float32, in memory of its own; nothing of the file stays mapped."""
+    """A tensor of a safetensors file in float32, in memory of its own; nothing of the file stays mapped.
+
+    Raises:
+        BoaEdgeError: it is not finite.
+    """
     with safe_open(file, framework="pt") as stream:
-        return stream.get_tensor(name).to(torch.float32, copy=True)
+        value: Tensor = stream.get_tensor(name).to(torch.float32, copy=True)
+    check_finite(name, value, file)
+    return value

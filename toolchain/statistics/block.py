@@ -115,10 +115,11 @@ def collect(
     # Apart, so that what a projection lacks is held against the inputs of the same text.
     compared = {f: Covariance(covariances[f].total.shape[0], weight) for f in fresh if f in _COMPARED_BY_OUTPUT}
     crosses = {first: _cross(runner, first, weight) for first in fresh} if reference is not None else {}
-    head_norms = _head_norms(runner, spec, stage, batches, text) if wanted.attention else {}
+    recorded_of = [batch for batch in batches if batch in looked_at]
+    head_norms = _head_norms(runner, spec, stage, recorded_of, text) if wanted.attention else {}
     recorder = _recorder(runner, spec, stage, firsts, wanted, head_norms) if wanted.attention else None
     if recorder is not None and recorder.gauss_newton is not None:
-        sizes = [text.hidden[batch].shape[0] for batch in batches if batch in looked_at]
+        sizes = [text.hidden[batch].shape[0] for batch in recorded_of]
         recorder.gauss_newton.skip(sum(_before_own(sizes)), text.hidden[0].shape[1])
     residual = wanted.residual if spec.residual_is_plain else 0.0
     keeps = stage in (("o",), ("down",))
@@ -142,8 +143,9 @@ def collect(
         for first in fresh:
             apart = compared if follows and first in compared else covariances
             apart[first].add(taps.inputs[first], weights)
-        for norm in head_norms.values():
-            norm.add(taps.inputs[firsts[0]], weights)
+        if recording is not None:
+            for norm in head_norms.values():
+                norm.add(taps.inputs[firsts[0]], weights)
         if keeps:
             kept.append(text.keep(taps.inputs[stage[0]]))
         if crosses and follows:
@@ -179,7 +181,7 @@ def _cross(runner: BlockRunner, first: str, like: Tensor) -> CrossCovariance:
 
 
 def _head_norms(
-    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], batches: range, text: Stream
+    runner: BlockRunner, spec: DecoderSpec, stage: tuple[str, ...], batches: list[int], text: Stream
 ) -> dict[str, HeadNorm]:
     offset = 1.0 if spec.norm == "rms_offset" else 0.0
     sizes = [text.hidden[batch].shape[0] for batch in batches]

@@ -52,8 +52,7 @@ class HeadNorm:
 
     def reduce(self) -> None:
         """On to the samples of all ranks."""
-        self._samples = [part for parts in distributed.gather(self._samples) for part in parts]
-        self._weights = [part for parts in distributed.gather(self._weights) for part in parts]
+        self._samples, self._weights = (_of_all(parts, self._gain.device) for parts in (self._samples, self._weights))
 
     def mean(self, hessians: Tensor) -> Tensor:
         """E[J^T M J] over the sample, exactly: M [heads, hd, hd] of what the norm puts out -> the same shape."""
@@ -81,3 +80,8 @@ class HeadNorm:
         u = y[:, None, :] / root
         scaled = vectors * self._gain
         return (scaled - (scaled * u).sum(-1, keepdim=True) * u / y.shape[-1]) / root
+
+
+def _of_all(parts: list[Tensor], place: torch.device) -> list[Tensor]:
+    """The tensors of all ranks; by way of the processor, since each rank has a device of its own."""
+    return [part.to(place) for own in distributed.gather([part.cpu() for part in parts]) for part in own]
