@@ -26,6 +26,8 @@ ALL = "all"
 """In place of a runtime: a bundle for each, from one checkpoint, in one report."""
 
 _FIRST = "onnx"  # whose report the others stand in
+_RECORDS = ("provenance.json", "manifest.json")
+_END = 1 << 20
 
 
 def run_all(
@@ -95,6 +97,7 @@ def run_all(
     for bundle, (name, shape) in zip(bundles, runtimes.values(), strict=True):
         own = lengths if EXPORTERS[name].lengths else {}
         exporting = {**quantizing, "runtime": name, "activations": activations, "form": shape, **own}
+        exporting["checkpoint"] = _made(checkpoint)
         _stage(
             output,
             bundle,
@@ -158,17 +161,35 @@ def _identity(name: str) -> dict[str, Any]:
         return {"name": name, "sha256": sha256_file(path)}
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return {"name": name, "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+        return {"name": name, "files": [[file.name, *_sketch(file)] for file in files]}
     return {"name": name}
 
 
+def _sketch(file: Path) -> tuple[int, int, str]:
+    """Size, time of the last change, and a hash of a file's two ends, between which weights of gigabytes may lie."""
+    status = file.stat()
+    with file.open("rb") as stream:
+        ends = stream.read(_END)
+        stream.seek(max(status.st_size - _END, len(ends)))
+        ends += stream.read(_END)
+    return status.st_size, status.st_mtime_ns, hashlib.sha256(ends).hexdigest()
+
+
 def _stage(output: Path, target: Path, request: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
-    """Do `work` unless `target` was made by the same request."""
+    """Do `work` unless `target` was made by the same request, and nobody has put something else there since."""
     digest = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()
     stamp = output / f".request-{target.name}"
-    if target.is_dir() and stamp.is_file() and stamp.read_bytes() == digest.encode():
+    if target.is_dir() and stamp.is_file() and stamp.read_bytes() == f"{digest} {_made(target)}".encode():
         say(f"{target}: made by the same request, kept")
         return
     stamp.unlink(missing_ok=True)
     work()
-    write_text(stamp, digest)
+    write_text(stamp, f"{digest} {_made(target)}")
+
+
+def _made(target: Path) -> str:
+    """What a stage's directory is known by: its files' sizes, and the record of how they were made."""
+    files = sorted(file for file in target.rglob("*") if file.is_file())
+    records = [sha256_file(file) for name in _RECORDS if (file := target / name).is_file()]
+    listed = [[file.relative_to(target).as_posix(), file.stat().st_size] for file in files]
+    return hashlib.sha256(json.dumps([records, listed]).encode()).hexdigest()

@@ -224,7 +224,16 @@ def test_run_keeps_finished_stages_of_the_same_request(
     result(again)
     assert "made by the same request, kept" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/*.safetensors")} == made
-    comparison = json.loads((tmp_path / "out" / "checkpoint" / "provenance.json").read_text())["comparison"]
+    checkpoint = tmp_path / "out" / "checkpoint"
+    comparison = json.loads((checkpoint / "provenance.json").read_text())["comparison"]
+    assert [row["method"] for row in comparison] == ["rtn", "gptq", "boa"]
+    # What somebody has put in a stage's place is not that stage's.
+    other = ["quantize", tiny_model, "--recipe", "w4g32-rtn", "--calibration", text_file, "-o", checkpoint]
+    result(call(*other, "--overwrite"))
+    third = call(*arguments)
+    result(third)
+    assert "made by the same request, kept" not in third.stderr
+    comparison = json.loads((checkpoint / "provenance.json").read_text())["comparison"]
     assert [row["method"] for row in comparison] == ["rtn", "gptq", "boa"]
 
 
