@@ -1,13 +1,14 @@
 """The `boa-edge` command: each stage by its name, and `run` for all of them.
 
 Progress and tables go to stderr; the last line of stdout is one compact JSON document. Exit codes: 0 done, 1 the work
-failed, 2 the request is wrong, 3 a comparison found a regression.
+failed, 2 the request is wrong, 3 a comparison found a regression, 128 + N ended by signal N.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,23 +20,27 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.output import finish as _finish
 from boa_edge.quiet import quiet_libraries, quiet_transformers
 from boa_edge.ranks import launched_rank
+from boa_edge.signals import Signalled, as_interrupts
+from boa_edge.visible import one_line
 
 _METHODS = "rtn, gptq, boa, turboboa, aespa, edge"  # written out: `--help` imports no stage; a test compares
 
 
 class _InterruptedError(BoaEdgeError):
-    """Ctrl-C, which typer would end the program at without a word."""
+    """Ctrl-C, which typer would end the program at without a word, or a signal that is taken as such."""
 
-    exit_code = 130
+    def __init__(self, interrupt: KeyboardInterrupt, *, fix: str | None = None) -> None:
+        self.exit_code = interrupt.exit_code if isinstance(interrupt, Signalled) else 130
+        super().__init__(f"interrupted by {interrupt}" if isinstance(interrupt, Signalled) else "interrupted", fix=fix)
 
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             kept = "Finished blocks are kept, and the same command goes on from there"
-            raise _InterruptedError("interrupted", fix=kept if ctx.invoked_subcommand in _RESUMED else None) from None
+            raise _InterruptedError(interrupt, fix=kept if ctx.invoked_subcommand in _RESUMED else None) from None
 
 
 def _named(value: str | None) -> str | None:
@@ -377,18 +382,21 @@ def _options(
 
 
 _state = {"debug": False}
+_LONGEST = 4000
 
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     quiet_libraries()
     try:
-        launched_rank()  # said once and in words where its variables are wrong
-        app()
+        # Said once and in words where torchrun's variables are wrong. It ends its processes itself, at once.
+        with as_interrupts() if launched_rank() is None else nullcontext():
+            app()
     except BoaEdgeError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        early = _InterruptedError(interrupt)
+        _fail(str(early), early.exit_code)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except MemoryError:
@@ -402,7 +410,9 @@ def _fail(message: str, code: int) -> None:
     if _state["debug"]:
         traceback.print_exc()
     if _is_alone() or _is_first_to_fail():
-        print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # in one write, as `say`
+        # In one write, as `say`; to a terminal that is gone, nobody reads it.
+        with suppress(OSError):
+            print(f"error: {one_line(message, _LONGEST)}\n", end="", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

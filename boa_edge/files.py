@@ -56,8 +56,10 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BoaEdgeError(f"{what} is missing", where=path) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also bytes that are no text, and a number of more digits than Python reads
         raise BoaEdgeError(f"{what} is not valid JSON ({error})", where=path) from None
+    except RecursionError:
+        raise BoaEdgeError(f"{what} is not valid JSON (nested too deeply)", where=path) from None
 
 
 @contextlib.contextmanager

@@ -164,6 +164,14 @@ class AdbShell:
         self.name = f"{profile.name} ({serial})" if serial not in profile.name else profile.name
         self.environment: Mapping[str, str] = dict(os.environ)
 
+    def address(self) -> str:
+        """Server and serial."""
+        found = self._adb.server_address()
+        if found is None:
+            return f"{os.environ.get('ADB_SERVER_SOCKET')} {self.serial}"
+        host, port = found
+        return f"{'127.0.0.1' if host == 'localhost' else host}:{port} {self.serial}"
+
     def argv(self, script: str) -> list[str]:
         # No terminal: it would mix stderr into stdout and turn line ends into carriage returns.
         return self._adb.argv("-s", self.serial, "shell", "-n", "-T", script)

@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 Execution = Literal["measured", "emulated", "estimated"]
 Event = dict[str, Any]
 
+# What runners take at most (devices/runner/arguments.h): a CPU mask of the C library has room for so many cores.
+MOST_CORES = 1024
+MOST_THREADS = 1024
+MOST_RUNS = 1 << 24
+
 
 class GaugeSample(NamedTuple):
     """What a battery's gauge said. The sign of the current differs from maker to maker."""
@@ -97,11 +102,11 @@ class RunResult:
 
 @dataclass(frozen=True)
 class DeviceStatus:
-    """One row of `boa-edge devices`."""
+    """One row of `boa-edge devices`. `execution` is None where only the device can say and it does not answer."""
 
     name: str
     description: str
-    execution: Execution
+    execution: Execution | None
     usable: bool
     missing: tuple[str, ...] = field(default=())
 
@@ -113,7 +118,9 @@ class Device(Protocol):
     def name(self) -> str: ...
 
     @property
-    def execution(self) -> Execution: ...
+    def execution(self) -> Execution:
+        """How its figures come about. BoaEdgeError where only the device can say and it does not answer."""
+        ...
 
     def fingerprint(self) -> dict[str, Any]:
         """What the device says of itself (CPU, features, cores, operating system): JSON-ready."""

@@ -14,9 +14,20 @@ from numpy.typing import NDArray
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import sha256_file
 from boa_edge.progress import say
+from boa_edge.visible import one_line
 from devices import binaries
 from devices.bundle import Program, read_program
-from devices.contract import DeviceStatus, Event, Execution, GenerateRequest, RunResult, ScoreRequest
+from devices.contract import (
+    MOST_CORES,
+    MOST_RUNS,
+    MOST_THREADS,
+    DeviceStatus,
+    Event,
+    Execution,
+    GenerateRequest,
+    RunResult,
+    ScoreRequest,
+)
 from devices.cooling import wait_until_cool
 from devices.events import EventStream
 from devices.own_runner import own_files
@@ -31,7 +42,6 @@ _LOGITS = "logits.bin"
 _PROFILE = "profile.bin"
 _SILENCE_VARIABLE = "BOA_EDGE_SILENCE_LIMIT"
 _ATTEMPTS = 3
-_MOST_CORES = 1024  # that a CPU mask of the C library has room for
 # A runner cannot have worked for longer than it took as seen from here; clocks are read a little apart.
 _CLOCK_TOLERANCE = 1.02
 _CLOCK_SLACK_S = 0.05
@@ -55,7 +65,7 @@ class RunnerDevice:
 
     @property
     def execution(self) -> Execution:
-        return self._transport.execution
+        return self._persist(lambda: self._transport.execution)
 
     def status(self) -> DeviceStatus:
         """Whether it can be used now, and what is missing if not."""
@@ -64,7 +74,7 @@ class RunnerDevice:
         return DeviceStatus(
             name=self.name,
             description=self._profile.description,
-            execution=self.execution,
+            execution=self._transport.known_execution,
             usable=not missing and problem is None,
             missing=(*missing, "fix: make setup") if missing else (problem,) if problem else (),
         )
@@ -124,6 +134,8 @@ class RunnerDevice:
             for name in program.files:
                 workplace.push(program.directory / name, name)
             self._push_tokens(workplace, request)
+            # What it takes to get there is no time in which the runner can have worked.
+            workplace.deploy()
             arguments = _arguments(program, request, workplace)
             battery = request.battery if isinstance(request, GenerateRequest) else None
             if battery is not None:
@@ -140,7 +152,7 @@ class RunnerDevice:
                 logits=logits,
                 command=workplace.command(executable, arguments),
                 files={name: sha256_file(source) for name, source in files.items()},
-                execution=self.execution,
+                execution=self._transport.execution,
                 instructions=instructions if instructions and len(instructions) == len(events) else None,
                 state={"before": before, "after": after} if before or after else {},
                 notes=self._transport.notes(),
@@ -188,16 +200,17 @@ class RunnerDevice:
         stream = EventStream(self.name, request, program.runtime, version, vocabulary=program.vocab_size)
         refused: list[BoaEdgeError] = []
 
-        def on_line(line: str) -> None:
+        def on_line(line: str) -> bool:
             if refused:  # the first problem counts; the rest is read only to learn how the process ends
-                return
+                return True
             try:
                 event = stream.accept(line)
             except BoaEdgeError as error:
                 refused.append(error)
-                return
+                return True
             if on_event is not None:
                 on_event(event)
+            return False
 
         limit = self._silence_limit()
         started = time.monotonic()
@@ -212,7 +225,7 @@ class RunnerDevice:
 
     def _check_clock(self, stream: EventStream, elapsed_s: float) -> None:
         """What the runner timed happened one after the other, so its sum cannot exceed what passed here meanwhile."""
-        claimed = sum(event["ns"] for event in stream.events if "ns" in event and event.get("i") != 0) / 1e9
+        claimed = stream.claimed_ns / 1e9
         if claimed > elapsed_s * _CLOCK_TOLERANCE + _CLOCK_SLACK_S:
             raise BoaEdgeError(
                 f"the runner claims {claimed:.3g} s of work, but only {elapsed_s:.3g} s passed here meanwhile",
@@ -222,7 +235,7 @@ class RunnerDevice:
 
     def _judge(self, stream: EventStream, refused: list[BoaEdgeError], outcome: Outcome) -> None:
         """A run counts only if every event was right, `end` was the last, and the process exited with 0."""
-        said = f" Last words: {' | '.join(outcome.stderr[-3:])[-600:]}" if outcome.stderr else ""
+        said = f" Last words: {one_line(' | '.join(outcome.stderr[-3:])[-600:], 600)}" if outcome.stderr else ""
         if refused:
             raise BoaEdgeError(str(refused[0]) + said)
         if outcome.code != 0:
@@ -325,11 +338,14 @@ def check_request(program: Program, request: GenerateRequest | ScoreRequest) -> 
             "threads": (request.threads, 1),
         }
     for name, (count, least) in counts.items():
+        most = MOST_THREADS if name == "threads" else MOST_RUNS
         if count < least:
             raise UsageError(f"{name} is {count}; it must be at least {least}")
+        if count > most:
+            raise UsageError(f"{name} is {count}; it must be at most {most}")
     for core in request.cores:
-        if not 0 <= core < _MOST_CORES:
-            raise UsageError(f"core {core} is no number of a CPU core; they are 0 to {_MOST_CORES - 1}")
+        if not 0 <= core < MOST_CORES:
+            raise UsageError(f"core {core} is no number of a CPU core; they are 0 to {MOST_CORES - 1}")
     if not tokens:
         raise UsageError(f"the {what} is empty; at least one token is needed")
     for index, token in enumerate(tokens):

@@ -7,15 +7,18 @@ many, is a BoaEdgeError that quotes what was found.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from boa_edge.errors import BoaEdgeError
+from boa_edge.visible import one_line
 from devices.contract import Event, GenerateRequest, ScoreRequest
 
 SCHEMA = 1
 _QUOTED = 200
+_INT64 = 1 << 63
 
 
 def _count(value: Any) -> bool:
@@ -52,20 +55,24 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "error": {"message": _text},
     "end": {"rc": _count},
 }
+# Fields that not every runner sends; one that is there must be right.
+_OPTIONAL: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "start": {"cores": _count, "attention": _text},
+    "memory": {"pss_bytes": _count_or_null, "pss_file_bytes": _count_or_null, "pss_anon_bytes": _count_or_null},
+}
 
 
 def parse_event(line: str, device: str) -> Event:
     """One line as a checked event. BoaEdgeError where it is not one."""
 
     def refuse(problem: str) -> NoReturn:
-        shown = line if len(line) <= _QUOTED else line[:_QUOTED] + "..."
-        raise BoaEdgeError(f"the runner printed {shown!r}: {problem}", where=f"device {device}", fix=_FIX)
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not a number that JSON knows")
+        raise BoaEdgeError(f"the runner printed {_quoted(line)}: {problem}", where=f"device {device}", fix=_FIX)
 
     try:
-        event = json.loads(line, parse_constant=no_constant)
+        event = json.loads(line, parse_constant=_no_constant, parse_int=_int64, parse_float=_finite)
+        json.dumps(event, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        refuse("it holds half of a surrogate pair, which is no character")
     except ValueError as error:
         refuse(f"not a JSON object ({error})")
     except RecursionError:
@@ -75,13 +82,45 @@ def parse_event(line: str, device: str) -> Event:
     name = event.get("event")
     fields = FIELDS.get(name) if isinstance(name, str) else None
     if fields is None:
-        refuse(f"unknown event {name!r}")
+        refuse(f"unknown event {_quoted(name)}")
     for key, valid in fields.items():
         if key not in event:
             refuse(f"{name} has no field '{key}'")
         if not valid(event[key]):
-            refuse(f"{name} has {key} = {event[key]!r}")
+            refuse(f"{name} has {key} = {_quoted(event[key])}")
+    for key, valid in _OPTIONAL.get(event["event"], {}).items():
+        if key in event and not valid(event[key]):
+            refuse(f"{name} has {key} = {_quoted(event[key])}")
     return event
+
+
+def _quoted(value: Any) -> str:
+    """As Python writes it, in one short line."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _QUOTED else value[:_QUOTED] + "...")
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "something nested too deeply"
+    return text if len(text) <= _QUOTED else text[:_QUOTED] + "..."
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number that JSON knows")
+
+
+def _int64(text: str) -> int:
+    # Counted first: Python refuses to read thousands of digits, with a message that helps nobody here.
+    if len(text) > 20 or not -_INT64 <= (value := int(text)) < _INT64:
+        raise ValueError(f"{text[:20]}... is no 64-bit number" if len(text) > 20 else f"{text} is no 64-bit number")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 _FIX = "The runner does not keep the contract in docs/contracts.md; run `make setup` to rebuild it"
@@ -116,6 +155,12 @@ class EventStream:
         """Whether `end` has arrived."""
         return self._next == len(self._expected)
 
+    @property
+    def claimed_ns(self) -> int:
+        """The sum of all that the runner timed. A token 0 carries its prefill's time, which counts once."""
+        counted = [event for event in self.events if not (event["event"] == "token" and event["i"] == 0)]
+        return sum(event["ns"] for event in counted if "ns" in FIELDS[event["event"]])
+
     def accept(self, line: str) -> Event:
         """Check one line and keep it. BoaEdgeError where it is not what must come now."""
         if self.ended:
@@ -123,12 +168,12 @@ class EventStream:
         event = parse_event(line, self.device)
         if event["event"] == "error":
             self.events.append(event)
-            raise BoaEdgeError(f"the runner failed: {event['message']}", where=f"device {self.device}")
+            raise BoaEdgeError(f"the runner failed: {one_line(event['message'])}", where=f"device {self.device}")
         wanted = self._expected[self._next]
         for key, value in wanted.items():
             if event[key] != value:
                 place = f"event {len(self.events) + 1} ({event['event']})"
-                self._refuse(f"{place} has {key} = {event[key]!r} where {value!r} was due")
+                self._refuse(f"{place} has {key} = {_quoted(event[key])} where {value!r} was due")
         if event["event"] == "start":
             self._check_runtime(event)
         if event["event"] == "token":
@@ -145,11 +190,12 @@ class EventStream:
 
     def _check_runtime(self, event: Event) -> None:
         if event["runtime"] != self.runtime:
-            self._refuse(f"it speaks for runtime {event['runtime']!r}, not {self.runtime!r}")
+            self._refuse(f"it speaks for runtime {_quoted(event['runtime'])}, not {self.runtime!r}")
         found = event["runtime_version"]
         if self.runtime_version is not None and found != self.runtime_version:
+            other = one_line(found, 40)
             raise BoaEdgeError(
-                f"the {self.runtime} runtime on the device has version {found}, installed is {self.runtime_version}",
+                f"the {self.runtime} runtime on the device has version {other}, installed is {self.runtime_version}",
                 where=f"device {self.device}",
                 fix="Run `make setup`",
             )

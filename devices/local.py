@@ -21,6 +21,7 @@ class LocalTransport:
     """Runs programs natively, here."""
 
     execution: Execution = "measured"
+    known_execution: Execution | None = "measured"
     target: Target = "host"
 
     def __init__(self, profile: Profile) -> None:

@@ -17,6 +17,11 @@ from typing import IO
 _LONGEST_LINE = 1 << 20
 _STDERR_LINES = 20
 _CHUNK = 1 << 16
+# For a process of which nothing more is wanted: to end by itself and say why.
+_GRACE_S = 2.0
+
+Listener = Callable[[str], bool | None]
+"""Gets a line; True where no further one is wanted."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,13 @@ class Outcome:
 def run_lines(
     command: Sequence[str],
     environment: Mapping[str, str],
-    on_line: Callable[[str], None],
+    on_line: Listener,
     silence_limit_s: float,
 ) -> Outcome:
-    """Run `command`; `on_line` gets each line of stdout, and an exception that it raises stops the process."""
+    """Run `command`; `on_line` gets each line of stdout, and an exception that it raises stops the process.
+
+    Where it answers True, the process is stopped a moment later if it has not ended by then.
+    """
     process = subprocess.Popen(
         list(command),
         env=dict(environment),
@@ -63,46 +71,48 @@ def run_lines(
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    tail: deque[str] = deque(maxlen=_STDERR_LINES)
-    reader = threading.Thread(target=_keep_tail, args=(process.stderr, tail), daemon=True)
-    reader.start()
     try:
-        problem = _read_lines(process.stdout, on_line, silence_limit_s)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        tail: deque[str] = deque(maxlen=_STDERR_LINES)
+        reader = threading.Thread(target=_keep_tail, args=(process.stderr, tail), daemon=True)
+        reader.start()
+        problem, limit = _read_lines(process.stdout, on_line, silence_limit_s)
         if problem is None:
             try:
-                process.wait(timeout=silence_limit_s)
+                process.wait(timeout=limit)
             except subprocess.TimeoutExpired:
-                problem = f"it closed its output but did not end within {silence_limit_s:g} s"
+                problem = f"it closed its output but did not end within {limit:g} s"
     finally:
         _stop(process)
-        reader.join(timeout=5)
-        process.stdout.close()
+        if process.stdout is not None:
+            process.stdout.close()
+    reader.join(timeout=5)
     return Outcome(None if problem else process.returncode, tuple(tail), problem)
 
 
-def _read_lines(stream: IO[bytes], on_line: Callable[[str], None], silence_limit_s: float) -> str | None:
-    """Read to the end; a text says why reading was given up."""
-    buffer = b""
+def _read_lines(stream: IO[bytes], on_line: Listener, limit_s: float) -> tuple[str | None, float]:
+    """Read to the end; why reading was given up, and how long the process may take to end."""
+    buffer, enough = b"", False
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        deadline = time.monotonic() + silence_limit_s
+        deadline = time.monotonic() + limit_s
         while True:
-            if not selector.select(timeout=max(0.0, deadline - time.monotonic())):
-                return f"it printed nothing for {silence_limit_s:g} s"
+            left = deadline - time.monotonic()
+            if (enough and left <= 0) or not selector.select(timeout=max(0.0, left)):
+                return "it was stopped" if enough else f"it printed nothing for {limit_s:g} s", limit_s
             chunk = os.read(stream.fileno(), _CHUNK)
+            *lines, buffer = (buffer + chunk).split(b"\n") if chunk else (buffer, b"")
+            # At the end of output, what follows the last line break is a line if it is anything.
+            answers = [on_line(_text(line)) for line in lines if line or chunk]
+            if not enough:
+                enough = any(answers)
+                limit_s = min(limit_s, _GRACE_S) if enough else limit_s
+                deadline = time.monotonic() + limit_s if lines else deadline
             if not chunk:
-                if buffer:
-                    on_line(_text(buffer))
-                return None
-            *lines, buffer = (buffer + chunk).split(b"\n")
-            for line in lines:
-                on_line(_text(line))
-            if lines:
-                deadline = time.monotonic() + silence_limit_s
+                return None, limit_s
             if len(buffer) > _LONGEST_LINE:
-                return f"it printed a line of more than {_LONGEST_LINE} bytes"
+                return f"it printed a line of more than {_LONGEST_LINE} bytes", limit_s
 
 
 def _keep_tail(stream: IO[bytes], tail: deque[str]) -> None:

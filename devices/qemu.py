@@ -25,6 +25,7 @@ class QemuTransport:
     """Runs ARM64 programs here, one process at a time, with the profile's CPU and its `/proc` and `/sys` files."""
 
     execution: Execution = "emulated"
+    known_execution: Execution | None = "emulated"
     target: Target = "aarch64"
 
     def __init__(self, profile: Profile) -> None:

@@ -38,4 +38,4 @@ def _status(name: str) -> DeviceStatus:
     try:
         return open_device(name).status()
     except BoaEdgeError as error:
-        return DeviceStatus(name=name, description="", execution="measured", usable=False, missing=(str(error),))
+        return DeviceStatus(name=name, description="", execution=None, usable=False, missing=(str(error),))

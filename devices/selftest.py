@@ -48,10 +48,10 @@ class Step:
 
 @dataclass(frozen=True)
 class SelfTest:
-    """The result; `works` if every step does."""
+    """The result; `works` if every step does. `execution` is None where the device was not reached."""
 
     device: str
-    execution: Execution
+    execution: Execution | None
     steps: tuple[Step, ...]
     fingerprint: dict[str, Any]
     notes: tuple[str, ...]
@@ -82,7 +82,7 @@ def self_test(device: RunnerDevice) -> SelfTest:
     reached = steps[0].works is True
     return SelfTest(
         device=device.name,
-        execution=device.execution,
+        execution=test.execution,
         steps=tuple(steps),
         fingerprint=test.fingerprint,
         notes=device.transport.notes() if reached else (),
@@ -92,6 +92,7 @@ def self_test(device: RunnerDevice) -> SelfTest:
 class _Test:
     def __init__(self, device: RunnerDevice) -> None:
         self._device = device
+        self.execution = device.transport.known_execution
         self.fingerprint: dict[str, Any] = {}
         self._generated: RunResult | None = None
 
@@ -108,6 +109,7 @@ class _Test:
 
     def _reach(self) -> str:
         self._device.require_usable("onnx")
+        self.execution = self._device.execution
         self.fingerprint = self._device.fingerprint()
         names = ("manufacturer", "model", "board", "cpu", "machine")
         known = [str(self.fingerprint[name]) for name in names if self.fingerprint.get(name) not in (None, *_WHY_NOT)]
@@ -133,16 +135,21 @@ class _Test:
         self._device.require_usable(runtime)
         executable, files = self._device.runner_files(runtime)
         lines: list[str] = []
+
+        def listen(line: str) -> bool:
+            lines.append(line)
+            return len(lines) > 1
+
         with self._device.transport.open() as workplace:
             for name, source in files.items():
                 workplace.push(source, name, executable=True)
-            outcome = workplace.run(executable, [], lines.append, _RUN_S)
+            outcome = workplace.run(executable, [], listen, _RUN_S)
         said = f"{outcome.describe()}; it printed {' '.join(lines)[:200]!r}"
         if outcome.stderr:
             said += f" and said {outcome.stderr[-1][:200]!r}"
         try:
             event = json.loads(lines[0]) if len(lines) == 1 else None
-        except ValueError:
+        except (ValueError, RecursionError):
             event = None
         if outcome.code != 1 or not isinstance(event, dict) or event.get("event") != "error":
             raise BoaEdgeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tempfile
 import time
@@ -41,9 +42,17 @@ class SshShell:
         self._host = host
         self.name = profile.name if host in profile.name else f"{profile.name} ({host})"
         self.environment: Mapping[str, str] = dict(os.environ)
-        # One connection for all commands; its socket's path must be short.
-        self._control = tempfile.TemporaryDirectory(prefix="boa-ssh-")
+        # One connection for all commands.
+        self._control = _short_directory()
         self._home: str | None = None
+
+    def address(self) -> str:
+        """USER@HOST:PORT, as the client reads them out of the user's configuration."""
+        done = run_client(self, [*self._client(), "-G", self._host], _CONNECT_S)
+        found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+        user, _, host = self._host.rpartition("@")
+        port = found.get("port", self._profile.port or 22)
+        return f"{found.get('user', user)}@{found.get('hostname', host)}:{port}"
 
     def argv(self, script: str) -> list[str]:
         # -n: stdin is not read. The user's login shell may be any; the script is for a POSIX one.
@@ -130,7 +139,7 @@ class SshShell:
             "ServerAliveInterval": "15",
             "ServerAliveCountMax": "4",
             "ControlMaster": "auto",
-            "ControlPath": f"{self._control.name}/%C",
+            "ControlPath": f"{self._control.name}/s",
             "ControlPersist": "15",
             "ForwardAgent": "no",
             "ForwardX11": "no",
@@ -143,6 +152,17 @@ class SshShell:
         if self._profile.identity is not None:
             command += ["-i", str(self._profile.identity), "-o", "IdentitiesOnly=yes"]
         return command
+
+
+def _short_directory() -> tempfile.TemporaryDirectory[str]:
+    """For a socket: its path must be short, and the client reads spaces and `%` in it in its own way."""
+    own = os.environ.get("XDG_RUNTIME_DIR", "")
+    usable = re.fullmatch(r"/[A-Za-z0-9/._-]{1,48}", own) and os.access(own, os.W_OK | os.X_OK)
+    try:
+        return tempfile.TemporaryDirectory(prefix="boa-ssh-", dir=own if usable else "/tmp")
+    except OSError as error:
+        fix = "Let this user write there, or set XDG_RUNTIME_DIR to a directory with a short path"
+        raise BoaEdgeError(f"no socket can be made there ({error.strerror})", where="/tmp", fix=fix) from None
 
 
 class SshTransport(RemoteTransport):

@@ -7,7 +7,7 @@ further way to reach devices is one file with such a class and one line in devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from boa_edge.errors import BoaEdgeError
 from devices.binaries import Target
 from devices.contract import Execution, GaugeSample
-from devices.process import Outcome
+from devices.process import Listener, Outcome
 
 
 class ConnectionLostError(BoaEdgeError):
@@ -45,10 +45,8 @@ class Workplace(Protocol):
         """The command that `run` runs, as the device sees it."""
         ...
 
-    def run(
-        self, program: str, arguments: Sequence[str], on_line: Callable[[str], None], silence_limit_s: float
-    ) -> Outcome:
-        """Run `program` (a pushed file) to its end; `on_line` gets each line of its stdout.
+    def run(self, program: str, arguments: Sequence[str], on_line: Listener, silence_limit_s: float) -> Outcome:
+        """Run `program` (a pushed file) to its end; `on_line` gets each line of its stdout, and may end it early.
 
         Whatever happens, nothing is left running. Raises ConnectionLostError where the end was not seen.
         """
@@ -79,7 +77,14 @@ class Transport(Protocol):
     """Where a device's commands run."""
 
     @property
-    def execution(self) -> Execution: ...
+    def execution(self) -> Execution:
+        """How its figures come about. BoaEdgeError where only the device can say and it does not answer."""
+        ...
+
+    @property
+    def known_execution(self) -> Execution | None:
+        """As `execution`, without asking the device: None where only it can say."""
+        ...
 
     @property
     def target(self) -> Target:

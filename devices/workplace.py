@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from boa_edge.files import disk_errors
 from devices.contract import GaugeSample
 from devices.locks import only_one
 from devices.paths import cache_directory
-from devices.process import Outcome, run_lines
+from devices.process import Listener, Outcome, run_lines
 
 _PREFIX = "run-"
 # Nothing of the user's environment reaches a runner; ONNX Runtime's library would otherwise report its use.
@@ -51,9 +51,7 @@ class LocalWorkplace:
     def command(self, program: str, arguments: Sequence[str]) -> tuple[str, ...]:
         return (self.path(program), *arguments)
 
-    def run(
-        self, program: str, arguments: Sequence[str], on_line: Callable[[str], None], silence_limit_s: float
-    ) -> Outcome:
+    def run(self, program: str, arguments: Sequence[str], on_line: Listener, silence_limit_s: float) -> Outcome:
         return run_lines(self.command(program, arguments), RUNNER_ENVIRONMENT, on_line, silence_limit_s)
 
     def instructions(self) -> tuple[int, ...] | None:

@@ -16,17 +16,22 @@ def cost(results: Sequence[RunResult]) -> Cost | None:
     """Of the first generation whose instructions were counted; None where none was."""
     for result in results:
         counts = result.instructions
-        if counts is None or not any(event["event"] == "prefill" for event in result.events):
+        prefill = next((event for event in result.events if event["event"] == "prefill"), None)
+        if counts is None or prefill is None:
             continue
-        prompt, tokens = [], []
+        prompt, tokens, last = [], [], 0
         for before, after, event in zip(counts, counts[1:], result.events[1:], strict=False):
             if event.get("warmup"):
                 continue
             if event["event"] == "prefill":
                 prompt.append(after - before)
-            elif event["event"] == "token" and event["i"] > 0:  # token 0 comes out of the prompt
-                tokens.append(after - before)
+            elif event["event"] == "token":
+                last = event["i"]
+                if last > 0:  # token 0 comes out of the prompt
+                    tokens.append(after - before)
         return Cost(
+            prompt_tokens=prefill["tokens"],
+            new_tokens=last + 1,
             instructions_prompt=figure(
                 percentile(prompt, 50), "instructions", result.execution, n=len(prompt), note=_NOTE
             ),

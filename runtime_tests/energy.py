@@ -43,10 +43,20 @@ def repeats(generation: Generation) -> int:
     return min(_MOST_REPEATS, max(1, math.ceil(_RUN_S / seconds))) if seconds > 0 else 1
 
 
-def energy(samples: Sequence[GaugeSample], generation: Generation) -> Energy:
-    """Mean power while the workload ran, over time, and what that makes per generated token at its mean time."""
+def energy(found: Sequence[GaugeSample], load_ns: int | None, generation: Generation) -> Energy:
+    """Mean power while the workload ran, over time, and what that makes per generated token at its mean time.
+
+    Args:
+        found: from the start of the run on; what was read before the model was loaded is left out.
+        load_ns: how long that took.
+    """
+    if load_ns is None:
+        return Energy(reason="the runner did not say how long the model took to load, which is no part of a token")
+    # The gauge is read first after the program has begun to load.
+    samples = [sample for sample in found if sample.seconds >= found[0].seconds + load_ns / 1e9]
     if len(samples) < _FEWEST:
-        return Energy(reason=f"the gauge was read {len(samples)} times; {_FEWEST} are needed: a longer --workload")
+        often = f"{len(samples)} times while the workload ran"
+        return Energy(reason=f"the gauge was read {often}; {_FEWEST} are needed: a longer --workload")
     if len({sample.amperes for sample in samples}) < 3:
         return Energy(reason="the gauge hardly moved during the run")
     signs = {math.copysign(1, sample.amperes) for sample in samples if sample.amperes}

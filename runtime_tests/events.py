@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from boa_edge.errors import BoaEdgeError
 from devices.contract import Event, RunResult
-from runtime_tests.labels import RUNTIMES
+from runtime_tests.figure import MOST
+from runtime_tests.labels import RUNTIMES, visible
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ def runtime_of(result: RunResult) -> str | None:
     name, version = start.get("runtime"), start.get("runtime_version")
     if not isinstance(name, str) or not isinstance(version, str):
         return None
-    return f"{RUNTIMES.get(name, name)} {version}"
+    return visible(f"{RUNTIMES.get(name, name)} {version}")
 
 
 def attention_of(result: RunResult) -> str | None:
     """Whose attention kernels ran, where the runner says that they were not the runtime's."""
     found = (_one(result.events, "start") or {}).get("attention")
-    return found if isinstance(found, str) else None
+    return visible(found) if isinstance(found, str) else None
 
 
 def gather_generation(
@@ -97,6 +98,16 @@ def gather_generation(
         pss_file_bytes=_amount(memory, "pss_file_bytes"),
         pss_anon_bytes=_amount(memory, "pss_anon_bytes"),
     )
+
+
+def check_numbers(events: Sequence[Event], device: str) -> None:
+    """BoaEdgeError where a number is larger than any time or memory can be."""
+    for event in events:
+        for key, value in event.items():
+            if isinstance(value, int) and abs(value) > MOST:
+                said = f"the runner's `{event.get('event')}` event has {visible(key)} of more than {MOST:,}"
+                fix = "No time and no memory is as large, so the runner misreports it: rebuild it, or run `make setup`"
+                raise BoaEdgeError(said, where=f"device {visible(device)}", fix=fix)
 
 
 def score_time(result: RunResult) -> int | None:

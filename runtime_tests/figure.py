@@ -11,6 +11,9 @@ from devices.contract import Execution
 
 Missing = Literal["unavailable", "denied"]
 
+MOST = 2**63 - 1
+"""The largest number that a report has room for: nanoseconds and bytes of 64 bits."""
+
 EMULATED_TIME = "emulated time: the clock of an emulator, which says nothing about the speed of a phone"
 EMULATED_MEMORY = "upper bound: includes the emulator's own memory"
 
@@ -32,10 +35,10 @@ class Figure(Frozen):
         note: what a reader has to know to read it right.
     """
 
-    value: int | float | Missing
+    value: Annotated[int, Field(ge=-MOST, le=MOST)] | float | Missing
     unit: str
     execution: Execution
-    n: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=0, le=MOST)] | None = None
     note: str | None = None
 
     @property

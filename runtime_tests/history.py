@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from boa_edge.errors import BoaEdgeError
-from boa_edge.files import write_text
+from boa_edge.errors import BoaEdgeError, UsageError
+from boa_edge.files import check_writable, disk_errors, write_text
 from boa_edge.progress import say
 from runtime_tests.hardware import describe
 from runtime_tests.model import Report
 from runtime_tests.reading import REPORT, read_report
-from runtime_tests.report.trend import render_history
+from runtime_tests.report.trend import PAGE_MARKS, render_history
 
 Kind = tuple[str, ...]
+_HEAD = 4096  # bytes in which a page's marks stand
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ def history(directory: Path, output: Path) -> History:
 
     Raises:
         BoaEdgeError: no such directory, or no report in it.
+        UsageError: something else than such a page is at `output`, or nothing can be written there.
     """
+    page = _check_page(output)
     if not directory.is_dir():
         raise BoaEdgeError("there is no such directory", where=directory, fix="Name one that holds reports")
     found: list[Report] = []
@@ -57,8 +61,25 @@ def history(directory: Path, output: Path) -> History:
     if not found:
         raise BoaEdgeError(f"holds no readable {REPORT}", where=directory, fix="Name one that holds reports")
     made = History(arrange(found), skipped)
-    write_text(output, render_history(made.series))
+    with disk_errors(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, render_history(made.series))
     return made
+
+
+def _check_page(output: Path) -> Path:
+    """The place that `output` leads to, where nothing is or a page that this command has made."""
+    place = Path(os.path.realpath(output.expanduser()))
+    fix = "Choose another -o"
+    if os.path.lexists(place):
+        if not place.is_file():
+            raise UsageError("exists and is not a file", where=output, fix=fix)
+        with disk_errors(place), place.open("rb") as stream:
+            head = stream.read(_HEAD)
+        if not all(mark in head for mark in PAGE_MARKS):
+            raise UsageError("exists already, and is no page of `report --history`: it is kept", where=output, fix=fix)
+    check_writable(place.parent, "-o", beside=place.name)
+    return place
 
 
 def arrange(reports: Iterable[Report]) -> dict[Kind, list[Report]]:
@@ -80,5 +101,8 @@ def kind_of(report: Report) -> Kind:
             filter(None, (report.device.name, f"({report.device.execution})", describe(report.device.fingerprint)))
         ),
         f"{settings.workload}, {settings.threads} thread{'' if settings.threads == 1 else 's'}"
-        + (f", cores {','.join(map(str, settings.cores))}" if settings.cores else ""),
+        + (f", cores {','.join(map(str, settings.cores))}" if settings.cores else "")
+        + f", {settings.warmup} warm-up{'' if settings.warmup == 1 else 's'}"
+        + ("" if report.counted in (None, settings.workload) else f", instructions of {report.counted}"),
+        f"{report.fidelity.positions} positions of text",
     )

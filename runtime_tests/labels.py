@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-
+from boa_edge.visible import visible
 from devices.contract import Execution
 from runtime_tests.figure import Figure
 
@@ -117,13 +116,3 @@ def short(text: str, length: int) -> str:
     """`visible`, cut to `length` characters."""
     text = visible(text).replace("\n", " ")
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def visible(text: str) -> str:
-    """Text of unknown origin with what could hide or reorder it spelled out: `⟨U+202E⟩`. Newlines and tabs stay."""
-    return "".join(
-        f"⟨U+{ord(character):04X}⟩"
-        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs") and character != "\u200d"
-        else character
-        for character in text
-    )

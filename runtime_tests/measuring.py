@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,15 @@ from devices.contract import Device, Execution, GenerateRequest, RunResult, Scor
 from runtime_tests.cost import cost
 from runtime_tests.energy import energy, obstacle, repeats
 from runtime_tests.estimate import estimates
-from runtime_tests.events import Generation, attention_of, gather_generation, load_time, runtime_of, score_time
+from runtime_tests.events import (
+    Generation,
+    attention_of,
+    check_numbers,
+    gather_generation,
+    load_time,
+    runtime_of,
+    score_time,
+)
 from runtime_tests.facts import BundleFacts, open_bundle
 from runtime_tests.fidelity import check_logits, score
 from runtime_tests.figure import EMULATED_MEMORY, EMULATED_TIME
@@ -36,7 +45,7 @@ from runtime_tests.settings import Wishes, settle
 from runtime_tests.speed import memory, samples, speed, thread_row
 from runtime_tests.text import load_decoder
 from runtime_tests.throttling import throttling_notes, uneven_note
-from runtime_tests.variants import check_comparable, variant, variant_names
+from runtime_tests.variants import check_comparable, directory_names, variant, variant_names
 
 
 def measure(
@@ -96,15 +105,17 @@ def measure_together(
         facts = [open_bundle(bundle) for bundle in bundles]
         check_comparable(facts)
         opened = devices.open_device(device) if isinstance(device, str) else device
-        settings = [settle(one, opened.execution, wishes) for one in facts]
+        execution = opened.execution
+        # The same for all: what the shortest context has room for.
+        settings = settle(min(facts, key=_context), execution, wishes)
         names = variant_names([one.deployed for one in facts])
-        places = [name.replace(" ", "-").replace("/", "-") for name in names]
+        places = directory_names(names)
         reports = []
         for index, one in enumerate(facts):
             place = directory / places[index] if index else directory
             place.mkdir(exist_ok=True)
             record = place / profile_name(one.deployed.runtime) if profile else None
-            reports.append(_measure(one, settings[index], opened, record))
+            reports.append(_measure(one, settings, opened, execution, record))
         if len(reports) > 1:
             links = [None, *(f"{place}/report.html" for place in places[1:])]
             variants = tuple(map(variant, reports, names, links))
@@ -117,11 +128,16 @@ def measure_together(
     return tuple(reports)
 
 
-class _Session:
-    """The runs on one device, one after the other, with what each left for the report."""
+def _context(facts: BundleFacts) -> float:
+    found = facts.deployed.runtime_config.get("context_length")
+    return found if isinstance(found, int) else math.inf
 
-    def __init__(self, facts: BundleFacts, device: Device, settings: Settings) -> None:
-        self._facts, self._device, self._settings = facts, device, settings
+
+class _Session:
+    """The runs on one device, one after the other, with what each left for the report: all of one `execution`."""
+
+    def __init__(self, facts: BundleFacts, device: Device, execution: Execution, settings: Settings) -> None:
+        self._facts, self._device, self._execution, self._settings = facts, device, execution, settings
         self.results: list[RunResult] = []
 
     def score(self, tokens: Sequence[int]) -> Logits:
@@ -173,13 +189,13 @@ class _Session:
     def energy(self, generation: Generation) -> Energy:
         """The workload again, as often as its battery's gauge needs it, or why not."""
         state = self.results[-1].state.get("after", {})
-        reason = obstacle(state, self._device.execution)
+        reason = obstacle(state, self._execution)
         if reason is not None:
             return Energy(reason=reason)
         count, battery = repeats(generation), state["gauge"]["battery"]
         say(f"{visible(self._device.name)}: {count} x {self._settings.workload}, the battery's gauge read meanwhile")
         result = self._run(self._workload(0, count, self._settings.threads, battery=battery))
-        return energy(result.gauge, generation)
+        return energy(result.gauge, load_time(result), generation)
 
     def _workload(
         self, warmup: int, repeats: int, threads: int, *, profile: bool = False, battery: str | None = None
@@ -206,17 +222,21 @@ class _Session:
         device = self._device
         tokens = request.new_tokens if isinstance(request, GenerateRequest) else 0
         result = device.run(self._facts.path, request, follow(device.name, tokens))
-        if result.execution != device.execution:
+        if result.execution != self._execution:
             raise BoaEdgeError(
-                f"the run was {result.execution}, but the device is {device.execution}", where=device.name
+                f"a run was {result.execution} where the measurement began as {self._execution}",
+                where=f"device {visible(device.name)}",
+                fix="Another device answers by that name: name one device, and measure again",
             )
+        check_numbers(result.events, device.name)
         self.results.append(result)
         return result
 
 
-def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Path | None = None) -> Report:
-    session = _Session(facts, device, settings)
-    execution = device.execution
+def _measure(
+    facts: BundleFacts, settings: Settings, device: Device, execution: Execution, profile: Path | None = None
+) -> Report:
+    session = _Session(facts, device, execution, settings)
     decode = load_decoder(facts.path)
 
     name = visible(device.name)
@@ -236,12 +256,14 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
     if session.separate:
         announce(settings.threads)
         generation = session.generate(settings.threads)
+    timed = session.results[-1:]
     greedy = compare_greedy(reference, continued, decode, lambda tokens: session.score(tokens)[-1], execution)
     loads = [ns for ns in map(load_time, session.results) if ns is not None]
     sweep = []
     for threads in settings.sweep:
         announce(threads)
         sweep.append(thread_row(threads, session.generate(threads), execution))
+        timed.append(session.results[-1])
     used = session.energy(generation)
     operators = None
     if profile is not None:
@@ -251,14 +273,14 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool=Tool(version=__version__, python=platform.python_version(), platform=platform.platform()),
         deployed=facts.deployed,
-        device=_device_facts(device, session.results),
+        device=_device_facts(device, execution, session.results),
         settings=settings,
         fidelity=fidelity,
         generation=greedy,
         speed=speed(generation, loads, execution),
         sweep=tuple(sweep),
         memory=memory(generation, execution),
-        cost=cost(session.results),
+        cost=cost([*timed, *session.results]),
         energy=used,
         samples=samples(generation, loads, score_time(session.results[0]), execution),
         quantization=quantization(facts.provenance, facts.deployed.recipe),
@@ -275,10 +297,10 @@ def _measure(facts: BundleFacts, settings: Settings, device: Device, profile: Pa
     )
 
 
-def _device_facts(device: Device, results: Sequence[RunResult]) -> DeviceFacts:
+def _device_facts(device: Device, execution: Execution, results: Sequence[RunResult]) -> DeviceFacts:
     return DeviceFacts(
         name=device.name,
-        execution=device.execution,
+        execution=execution,
         runtime=runtime_of(results[0]),
         attention=attention_of(results[0]),
         fingerprint=device.fingerprint(),

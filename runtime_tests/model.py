@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from devices.contract import Execution
-from runtime_tests.figure import Figure, Frozen
+from runtime_tests.figure import MOST, Figure, Frozen
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 TokenId = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Place = Literal["attention", "o", "mlp", "down", "head"]
@@ -254,10 +254,14 @@ class Cost(Frozen):
     """What does not depend on how busy the machine was: medians over the counted runs and their tokens.
 
     Attributes:
+        prompt_tokens, new_tokens: of the generation in which they were counted: the workload, or the greedy
+            continuation where that alone was counted, as in reports without these two.
         instructions_prompt: from the load, or the run before, to the first token.
         instructions_per_token: of each token after the first.
     """
 
+    prompt_tokens: Count | None = None
+    new_tokens: Count | None = None
     instructions_prompt: Figure
     instructions_per_token: Figure
 
@@ -510,6 +514,16 @@ class Report(Frozen):
     profile: OperatorProfile | None = None
     reproduce: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def counted(self) -> str | None:
+        """The generation in which instructions were counted, as a workload is written; None where none were."""
+        if self.cost is None:
+            return None
+        prompt, new = self.cost.prompt_tokens, self.cost.new_tokens
+        if prompt is None or new is None:
+            prompt, new = len(self.generation.prompt.tokens), self.settings.greedy
+        return f"pp{prompt}/tg{new}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; what was not recorded is absent."""

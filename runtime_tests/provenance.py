@@ -10,6 +10,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json
+from runtime_tests.figure import MOST
 from runtime_tests.model import Place
 
 
@@ -21,7 +22,7 @@ def _drop_overflow(value: Any) -> Any:
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 OptionalReal = Annotated[float | None, BeforeValidator(_drop_overflow)]
 OptionalNumber = Annotated[Number | None, BeforeValidator(_drop_overflow)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 

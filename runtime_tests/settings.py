@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 from boa_edge.errors import UsageError
-from devices.contract import Execution
+from boa_edge.progress import say
+from devices.contract import MOST_CORES, MOST_RUNS, MOST_THREADS, Execution
 from runtime_tests.facts import BundleFacts
 from runtime_tests.model import Settings
 
@@ -50,9 +51,9 @@ def settle(facts: BundleFacts, execution: Execution, wishes: Wishes) -> Settings
     """
     emulated = execution == "emulated"
     available = len(facts.reference.tokens)
-    score_tokens = wishes.score_tokens
-    if score_tokens is None:
-        score_tokens = min(available, _EMULATED_SCORE_TOKENS) if emulated else available
+    context = facts.deployed.runtime_config.get("context_length")
+    usual = min(available, _EMULATED_SCORE_TOKENS) if emulated else available
+    score_tokens = _scored(wishes.score_tokens, usual, context)
     greedy_tokens = _GREEDY_TOKENS if wishes.new_tokens is None else wishes.new_tokens
     settings = {
         "warmup": ((0 if emulated else 1) if wishes.warmup is None else wishes.warmup, 0),
@@ -61,18 +62,19 @@ def settle(facts: BundleFacts, execution: Execution, wishes: Wishes) -> Settings
         "score_tokens": (score_tokens, 2),
     }
     for name, (value, least) in settings.items():
-        _at_least(value, least, name)
+        _within(value, least, MOST_RUNS, name)
     if not wishes.threads:
         raise UsageError("names no number of threads", where="--threads")
     for count in wishes.threads:
-        _at_least(count, 1, "threads")
+        _within(count, 1, MOST_THREADS, "threads")
+    for core in wishes.cores:
+        _within(core, 0, MOST_CORES - 1, "cores")
     if len(set(wishes.threads)) < len(wishes.threads):
         raise UsageError("names a number of threads twice", where="--threads", fix="Name each once")
     if score_tokens > available:
         where = "--score-tokens"
         raise UsageError(f"the bundle's reference text has only {available} tokens, not {score_tokens}", where=where)
     prompt_tokens = len(facts.reference.prompt)
-    context = facts.deployed.runtime_config.get("context_length")
     if isinstance(context, int) and prompt_tokens + greedy_tokens > context:
         fix = f"At most {max(context - prompt_tokens, 0)} fit after the prompt of {prompt_tokens}"
         raise UsageError(f"{greedy_tokens} exceed the context of {context} tokens", where="--new-tokens", fix=fix)
@@ -89,6 +91,18 @@ def settle(facts: BundleFacts, execution: Execution, wishes: Wishes) -> Settings
         greedy_tokens=greedy_tokens,
         score_tokens=score_tokens,
     )
+
+
+def _scored(wish: int | None, usual: int, context: object) -> int:
+    """Tokens of the reference text to score: the usual number, or as many as fit the context, unless asked for."""
+    wanted = usual if wish is None else wish
+    if not isinstance(context, int) or wanted <= context:
+        return wanted
+    if wish is not None:
+        fix = f"At most {context} fit"
+        raise UsageError(f"{wish} exceed the context of {context} tokens", where="--score-tokens", fix=fix)
+    say(f"scoring the {context} tokens of the reference text that fit the bundle's context, not {wanted}")
+    return context
 
 
 def _timed(wishes: Wishes, emulated: bool, greedy: tuple[int, int], context: object) -> tuple[int, int]:
@@ -111,6 +125,9 @@ def _timed(wishes: Wishes, emulated: bool, greedy: tuple[int, int], context: obj
     return prompt, tokens
 
 
-def _at_least(value: int, least: int, name: str) -> None:
+def _within(value: int, least: int, most: int, name: str) -> None:
+    where = f"--{name.replace('_', '-')}"
     if value < least:
-        raise UsageError(f"{value} is too small: at least {least}", where=f"--{name.replace('_', '-')}")
+        raise UsageError(f"{value} is too small: at least {least}", where=where)
+    if value > most:
+        raise UsageError(f"{value} is too large: at most {most}", where=where)

@@ -24,8 +24,11 @@ def percentile(samples: Sequence[float], percent: float) -> float | None:
 
     Always one of the samples, never an interpolation. None where there are fewer samples than `samples_needed`.
     """
-    if len(samples) < samples_needed(percent):
-        return None
+    return None if len(samples) < samples_needed(percent) else nearest_rank(samples, percent)
+
+
+def nearest_rank(samples: Sequence[float], percent: float) -> float:
+    """As `percentile`, of any number of samples but none."""
     rank = math.ceil(Fraction(str(percent)) * len(samples) / 100)
     return sorted(samples)[rank - 1]
 

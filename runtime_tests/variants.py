@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from boa_edge.errors import UsageError
 from runtime_tests.facts import BundleFacts
 from runtime_tests.model import Deployed, Report, Variant
+
+_LONGEST = 80  # characters of a directory's name
 
 
 def check_comparable(bundles: Sequence[BundleFacts]) -> None:
@@ -42,6 +45,20 @@ def variant_names(deployed: Sequence[Deployed]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         names = [f"{name} {number}" for number, name in enumerate(names, start=1)]
     return tuple(names)
+
+
+def directory_names(names: Sequence[str]) -> tuple[str, ...]:
+    """For each name a directory's: short, of letters that neither a file system nor a link minds, and its own."""
+    taken: set[str] = set()
+    places = []
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_LONGEST].strip(".-") or "bundle"
+        candidates = (stem, *(f"{stem}-{number}" for number in range(2, len(names) + 1)))
+        # Some file systems take upper and lower case for the same.
+        place = next(each for each in candidates if each.lower() not in taken)
+        taken.add(place.lower())
+        places.append(place)
+    return tuple(places)
 
 
 def variant(report: Report, name: str, link: str | None) -> Variant:

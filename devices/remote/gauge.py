@@ -20,7 +20,7 @@ COMMAND = (
 
 def parse(text: str) -> dict[str, Any] | None:
     """What `COMMAND` prints; None where no battery says how much flows."""
-    found = re.search(r"^([\w.-]+)=([^=\n]+)=(-?\d+)=(\d+)$", text, re.MULTILINE)
+    found = re.search(r"^([\w.-]+)=([^=\n]+)=(-?\d{1,15})=(\d{1,15})$", text, re.MULTILINE)
     if found is None:
         return None
     return {"battery": found[1], "status": found[2], "current_ua": int(found[3]), "voltage_uv": int(found[4])}
@@ -36,5 +36,5 @@ def sampling(battery: str, target: str) -> str:
 
 def read_samples(text: str) -> tuple[GaugeSample, ...]:
     """The lines that `sampling` wrote; those that are not three numbers, since the gauge gave none, are left out."""
-    found = re.findall(r"^(\d+(?:\.\d+)?) (-?\d+) (\d+)$", text, re.MULTILINE)
+    found = re.findall(r"^(\d{1,15}(?:\.\d{1,9})?) (-?\d{1,15}) (\d{1,15})$", text, re.MULTILINE)
     return tuple(GaugeSample(float(at), int(current) / 1e6, int(voltage) / 1e6) for at, current, voltage in found)

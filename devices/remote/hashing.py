@@ -10,10 +10,10 @@ from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import sha256_file
-from devices.remote.shell import RemoteShell, ask, lost, transfer_limit
+from devices.remote.shell import RemoteShell, ask, last_line, lost, transfer_limit, whole
 
 _PROGRAMS = ("sha256sum", "toybox sha256sum", "busybox sha256sum")
-_LINE = re.compile(r"^(\d+) ([0-9a-f]{64})\b")
+_LINE = re.compile(r"^([0-9]{1,9}) ([0-9a-f]{64})\b")
 # SHA-256 of nothing.
 _EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -52,8 +52,7 @@ def _fetch_and_hash(shell: RemoteShell, path: str) -> str | None:
         return None
     with tempfile.TemporaryDirectory(prefix="boa-edge-") as directory:
         target = Path(directory) / "back"
-        count = size.out.strip()
-        shell.fetch(path, target, transfer_limit(int(count) if count.isdigit() else 0))
+        shell.fetch(path, target, transfer_limit(whole(size.out.strip()) or 0))
         return sha256_file(target)
 
 
@@ -68,13 +67,13 @@ def fetch_checked(shell: RemoteShell, hasher: str | None, path: str, target: Pat
     answer = ask(shell, f"[ -f {quoted} ] || exit 44; wc -c < {quoted}")
     if answer.code == 44:
         return False
-    count = answer.out.strip()
-    if not answer or not count.isdigit():
-        raise BoaEdgeError(f"{path} cannot be read there ({answer.err.strip()[:200]})", where=f"device {shell.name}")
-    shell.fetch(path, target, transfer_limit(int(count)))
-    if target.stat().st_size != int(count):
+    count = whole(answer.out.strip())
+    if not answer or count is None:
+        raise BoaEdgeError(f"{path} cannot be read there ({last_line(answer.err)})", where=f"device {shell.name}")
+    shell.fetch(path, target, transfer_limit(count))
+    if target.stat().st_size != count:
         raise lost(shell, f"{target.stat().st_size} of {count} bytes of {path} arrived")
-    there = hash_files(shell, hasher, [path], int(count)).get(path)
+    there = hash_files(shell, hasher, [path], count).get(path)
     if there != sha256_file(target):
         raise lost(shell, f"{path} did not arrive as it stands there")
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shlex
 import socket
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError
+from boa_edge.visible import one_line
 from devices.locks import only_one
-from devices.remote.shell import RemoteShell, ask, demand
+from devices.remote.shell import RemoteShell, ask, demand, whole
 from devices.transport import ConnectionLostError
 
 # A holder that has not run anything for so long is taken for dead; by the device's own clock.
@@ -33,19 +35,25 @@ def host_lock(device: str) -> Iterator[None]:
 def device_lock(shell: RemoteShell, base: str) -> Iterator[None]:
     """Hold the directory `lock` below `base` on the device. Call with the host lock held.
 
-    Raises BoaEdgeError where somebody on another machine, or another user of this one, holds it.
+    Raises BoaEdgeError where another run holds it that cannot wait at the host lock: one from another machine, of
+    another user, or that reaches the device another way.
     """
-    token = f"{socket.gethostname()}:{os.geteuid()} {os.getpid()}"
+    token, mark = f"{_this_user()} {os.getpid()}", f"{_started(os.getpid())}-{secrets.token_hex(8)}"
     lock = shlex.quote(f"{base}/lock")
-    take = f"mkdir {lock} 2>/dev/null && printf '%s %s\\n' {shlex.quote(token)} \"$({_BOOT})\" > {lock}/owner"
-    if not ask(shell, take):
-        _take_over(shell, lock)
-        demand(shell, take, "the device's lock cannot be taken")
+    words = f'{shlex.quote(token)} "$({_BOOT})" {mark}'
+    take = f"mkdir {lock} 2>/dev/null && printf '%s %s %s\\n' {words} > {lock}/owner"
+    _HELD.add(mark)
     try:
-        yield
+        if not ask(shell, take):
+            _take_over(shell, lock)
+            demand(shell, take, "the device's lock cannot be taken")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ConnectionLostError):  # the next run from here knows its own lock
+                ask(shell, f"rm -rf {lock}")
     finally:
-        with contextlib.suppress(ConnectionLostError):  # the next run from here knows its own lock
-            ask(shell, f"rm -rf {lock}")
+        _HELD.discard(mark)
 
 
 def break_lock(shell: RemoteShell, base: str) -> None:
@@ -53,6 +61,8 @@ def break_lock(shell: RemoteShell, base: str) -> None:
     ask(shell, f"rm -rf {shlex.quote(f'{base}/lock')}")
 
 
+# The marks of the locks that this process holds now.
+_HELD: set[str] = set()
 _BOOT = "cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown"
 
 
@@ -69,16 +79,41 @@ def _take_over(shell: RemoteShell, lock: str) -> None:
             "its directory cannot be written", where=where, fix="Name another `directory` in its profile"
         )
     lines = answer.out.split("\n")
-    owner, pid, boot = (lines[0].split() + ["unknown"] * 3)[:3]
+    owner, pid, boot, mark = (lines[0].split() + ["unknown"] * 4)[:4]
     rebooted = boot != "unknown" and len(lines) > 1 and lines[1].strip() not in (boot, "unknown")
-    age = lines[2].strip() if len(lines) > 2 else ""
-    here = owner == f"{socket.gethostname()}:{os.geteuid()}"
-    if here or rebooted or (age.isdigit() and int(age) > _STALE_S):
+    age = whole(lines[2].strip()) if len(lines) > 2 else None
+    gone = not _lives(pid, mark) if owner == _this_user() else age is not None and age > _STALE_S
+    if gone or rebooted:
         ask(shell, f"rm -rf {lock}")
         return
-    since = f" for {int(age)} s" if age.isdigit() else ""
+    since = f" for {age} s" if age is not None else ""
     raise BoaEdgeError(
-        f"is in use by process {pid} of {owner.partition(':')[0]}{since}",
+        f"is in use by process {one_line(pid, 20)} of {one_line(owner.partition(':')[0], 80)}{since}",
         where=f"device {shell.name}",
         fix="Wait for it, or if that process is gone: boa-edge devices clean NAME --force",
     )
+
+
+def _this_user() -> str:
+    return f"{socket.gethostname()}:{os.geteuid()}"
+
+
+def _lives(pid: str, mark: str) -> bool:
+    """Whether the process of this user here that left a lock with `mark` still holds it."""
+    if mark in _HELD:
+        return True
+    number = whole(pid)
+    if number is None or number == os.getpid():
+        return False
+    started = _started(number)
+    # The number may be another process's by now. Older locks bear no mark.
+    return started is not None and mark.partition("-")[0] in (started, "unknown")
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started, in ticks since it booted; None where there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]

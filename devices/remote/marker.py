@@ -8,8 +8,9 @@ ended.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from typing import Literal
+
+from devices.process import Listener
 
 TIMED_OUT: Literal["timeout"] = "timeout"
 _LONGEST_SIGNAL = 64
@@ -42,22 +43,18 @@ class EndMarker:
             return body
         return output
 
-    def filter(self, on_line: Callable[[str], None]) -> Callable[[str], None]:
+    def filter(self, on_line: Listener) -> Listener:
         """An `on_line` that keeps the marker, and the empty line that goes before it, from the given one."""
         held = False
 
-        def accept(line: str) -> None:
+        def accept(line: str) -> bool:
             nonlocal held
             if line.startswith(self._prefix) and self._read(line.removeprefix(self._prefix)):
                 held = False
-                return
-            if held:
-                held = False
-                on_line("")
-            if line == "":
-                held = True
-                return
-            on_line(line)
+                return False
+            enough = bool(held and on_line(""))
+            held = line == ""
+            return bool(not held and on_line(line)) or enough
 
         return accept
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices.remote import gauge
-from devices.remote.shell import RemoteShell, ask
+from devices.remote.shell import RemoteShell, ask, whole
 
 UNAVAILABLE = "unavailable"
 DENIED = "denied"
+_MOST = 1 << 63  # as a device counts
 _REFUSALS = ("permission denied", "operation not permitted", "permission denial", "not allowed", "eacces")
 
 # Field and record separators that no answer contains; $(...) drops nothing of what matters to us.
@@ -74,14 +75,15 @@ def _per_core(text: str) -> dict[str, int | str] | None:
     """`cpu0/cpufreq/NAME VALUE` lines as core -> value."""
     found: dict[str, int | str] = {}
     for core, value in re.findall(r"^cpu(\d+)/\S+ (.*)$", text, re.MULTILINE):
-        found[f"cpu{core}"] = int(value) if value.strip().isdigit() else _refusal(value) or value.strip()
+        number = whole(value.strip())
+        found[f"cpu{core}"] = _refusal(value) or value.strip() if number is None else number
     return found or None
 
 
 def _zones(text: str) -> dict[str, float] | None:
     """Pairs of lines, a zone's type and its millidegrees, as name -> degrees Celsius."""
     found: dict[str, float] = {}
-    for zone, kind, value in re.findall(r"^(\S+)=(.*)=(-?\d+)$", text, re.MULTILINE):
+    for zone, kind, value in re.findall(r"^(\S+)=(.*)=(-?\d{1,9})$", text, re.MULTILINE):
         degrees = int(value) / 1000 if abs(int(value)) >= 1000 else float(value)
         if -40 < degrees < 200 and degrees != 0:  # vendors leave odd numbers in zones without a sensor
             found[f"{zone}:{kind}"] = degrees
@@ -92,9 +94,10 @@ def _battery(text: str) -> dict[str, Any] | None:
     """`dumpsys battery`: level in percent, temperature in degrees Celsius, whether it is being charged."""
     fields = dict(re.findall(r"^\s*([A-Za-z ]+): (.+?)\s*$", text, re.MULTILINE))
     found: dict[str, Any] = {}
-    if fields.get("level", "").isdigit():
-        found["level_percent"] = int(fields["level"])
-    if re.fullmatch(r"-?\d+", fields.get("temperature", "")):
+    level = whole(fields.get("level", ""))
+    if level is not None:
+        found["level_percent"] = level
+    if re.fullmatch(r"-?\d{1,9}", fields.get("temperature", "")):
         found["temperature_c"] = int(fields["temperature"]) / 10
     powered = [name for name in ("AC", "USB", "Wireless") if fields.get(f"{name} powered") == "true"]
     if found:
@@ -169,8 +172,9 @@ def _read(shell: RemoteShell, probes: tuple[Probe, ...]) -> dict[str, Any]:
     answers: dict[str, tuple[int, str]] = {}
     for record in ask(shell, script).out.split(_RECORD):
         parts = record.split(_UNIT)
-        if len(parts) == 3 and parts[0].isdigit() and int(parts[0]) < len(commands) and parts[1].isdigit():
-            answers[commands[int(parts[0])]] = (int(parts[1]), parts[2])
+        index, code = map(whole, parts[:2]) if len(parts) == 3 else (None, None)
+        if index is not None and index < len(commands) and code is not None:
+            answers[commands[index]] = (code, parts[2])
     return {probe.name: _answer(probe, answers) for probe in probes}
 
 
@@ -183,9 +187,20 @@ def _answer(probe: Probe, answers: Mapping[str, tuple[int, str]]) -> Any:
         return UNAVAILABLE
     try:
         value = probe.parse(text)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, ArithmeticError):
         return UNAVAILABLE
-    return (_refusal(text) or UNAVAILABLE) if value is None else value
+    if value is None or not _sound(value):
+        return _refusal(text) or UNAVAILABLE
+    return value
+
+
+def _sound(value: Any) -> bool:
+    """Whether every number in it is one that a report can hold."""
+    if isinstance(value, dict):
+        return all(map(_sound, value.values()))
+    if isinstance(value, list):
+        return all(map(_sound, value))
+    return not isinstance(value, int | float) or abs(value) < _MOST
 
 
 def _refusal(text: str) -> str | None:

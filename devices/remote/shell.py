@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from boa_edge.errors import BoaEdgeError
+from boa_edge.visible import one_line
 from devices.remote.marker import EndMarker
 from devices.transport import ConnectionLostError
 
@@ -130,7 +132,12 @@ def lost(shell: RemoteShell, said: str = "") -> ConnectionLostError:
 def last_line(text: str) -> str:
     """The last line that says anything, shortened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    return one_line(lines[-1], 300) if lines else ""
+
+
+def whole(text: str) -> int | None:
+    """A number as a device prints one, of at most 18 digits; None for anything else."""
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def is_disk_full(text: str) -> bool:

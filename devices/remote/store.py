@@ -13,7 +13,7 @@ from pathlib import Path
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from devices.remote.hashing import hash_files
-from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, last_line, transfer_limit
+from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, last_line, transfer_limit, whole
 
 _ATTEMPTS = 3
 _NOTICEABLE = 20_000_000
@@ -110,8 +110,9 @@ class Store:
         entries = []
         for line in ask(self._shell, listing).out.splitlines():
             words = line.split()
-            if len(words) == 3 and words[0].isdigit() and words[1].isdigit():
-                entries.append((int(words[0]), int(words[1]), words[2]))
+            at, size = map(whole, words[:2]) if len(words) == 3 else (None, None)
+            if at is not None and size is not None:
+                entries.append((at, size, words[2]))
         total = sum(size for _, size, _ in entries) + incoming
         gone = []
         for _, size, name in sorted(entries):
@@ -130,8 +131,8 @@ class Store:
     def _full(self, error: DiskFullError, size: int) -> DiskFullError:
         df = ask(self._shell, f"df -k {shlex.quote(self._directory)}").out.split("\n")
         words = df[-1].split() or (df[-2].split() if len(df) > 1 else [])
-        numbers = [word for word in words if word.isdigit()]
-        free = f"{int(numbers[2]) / 1024:.0f} MiB are free" if len(numbers) >= 3 else "how much is free it does not say"
+        numbers = [number for number in map(whole, words) if number is not None]
+        free = f"{numbers[2] / 1024:.0f} MiB are free" if len(numbers) >= 3 else "how much is free it does not say"
         return DiskFullError(
             f"the device's disk is full: {size / 1048576:.1f} MiB are to be pushed, {free}",
             where=f"device {self._shell.name}",

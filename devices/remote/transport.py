@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from boa_edge.errors import BoaEdgeError
+from boa_edge.visible import one_line
 from devices.binaries import Target
 from devices.contract import Execution
 from devices.profile import Profile
@@ -29,6 +29,10 @@ _MEBIBYTE = 1 << 20
 
 class Connection(RemoteShell, Protocol):
     """A remote shell that can be lost and found."""
+
+    def address(self) -> str:
+        """What this machine reaches the device by, the same whatever the profile's name is."""
+        ...
 
     def directory(self) -> str:
         """The absolute path on the device below which everything of ours stands."""
@@ -81,10 +85,17 @@ class RemoteTransport(ABC):
 
     @property
     def execution(self) -> Execution:
-        """`emulated` where the profile or the device says so. A device that cannot be reached is asked again later."""
-        if self._open is None and not self._emulated and not self.missing() and self._reachable() is None:
-            with contextlib.suppress(BoaEdgeError):  # whoever wants to run something is told
-                self.connection()
+        """`emulated` where the profile or the device says so. BoaEdgeError where it cannot be asked."""
+        if self.known_execution is None:
+            self.connection()
+        return "emulated" if self._emulated else "measured"
+
+    @property
+    def known_execution(self) -> Execution | None:
+        if self._profile.emulated:
+            return "emulated"
+        if self._open is None:
+            return None
         return "emulated" if self._emulated else "measured"
 
     def connection(self) -> Connection:
@@ -93,8 +104,9 @@ class RemoteTransport(ABC):
             found = self._connect()
             machine = ask(found, "uname -m").out.strip()
             if machine != "aarch64" and self._profile.runner_path is None:
+                other = one_line(machine, 40) or "of an unknown kind"
                 raise BoaEdgeError(
-                    f"its processor is {machine or 'of an unknown kind'}; our runners are for aarch64 (64-bit ARM)",
+                    f"its processor is {other}; our runners are for aarch64 (64-bit ARM)",
                     where=f"device {found.name}",
                     fix="Name a runner of your own in its profile (runner_path)",
                 )
@@ -109,7 +121,7 @@ class RemoteTransport(ABC):
         return self._fingerprint
 
     def notes(self) -> tuple[str, ...]:
-        notes = [] if self.execution == "emulated" else [UNTRIED]
+        notes = [] if self.known_execution == "emulated" else [UNTRIED]
         return (*notes, *([] if self._hasher else [_NO_HASHER]))
 
     def recover(self) -> None:
@@ -143,7 +155,7 @@ class RemoteTransport(ABC):
         """The device with its directory made, for us alone; what cut-off runs left there is gone."""
         connection = self.connection()
         base = connection.directory()
-        with host_lock(f"{self._profile.transport} {connection.name}"):
+        with host_lock(f"{self._profile.transport} {connection.address()}"):
             made = f"mkdir -p '{base}/files' '{base}/runs'"
             demand(connection, made, f"{base} cannot be made on the device")
             with device_lock(connection, base):

@@ -7,14 +7,14 @@ import hashlib
 import secrets
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from boa_edge.files import sha256_file
 from devices.binaries import LOADER
 from devices.contract import GaugeSample
-from devices.process import Outcome, run_lines
+from devices.process import Listener, Outcome, run_lines
 from devices.remote import gauge
 from devices.remote.hashing import fetch_checked
 from devices.remote.marker import TIMED_OUT, EndMarker, as_signal
@@ -80,9 +80,7 @@ class RemoteWorkplace:
             return (self.path(LOADER), "--library-path", self.directory, self.path(program), *arguments)
         return (self.path(program), *arguments)
 
-    def run(
-        self, program: str, arguments: Sequence[str], on_line: Callable[[str], None], silence_limit_s: float
-    ) -> Outcome:
+    def run(self, program: str, arguments: Sequence[str], on_line: Listener, silence_limit_s: float) -> Outcome:
         self.deploy()
         marker = EndMarker()
         script = self._script(self.command(program, arguments), marker)

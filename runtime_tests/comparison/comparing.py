@@ -123,8 +123,8 @@ def _row(entry: Comparable, first: Report, second: Report) -> Row:
 def _interval(entry: Comparable, first: Report, second: Report) -> Interval | None:
     if entry.places(first):
         return paired_change_interval(entry.places(first), entry.places(second))
-    old = quantile_interval(entry.samples(first), entry.percent)
-    new = quantile_interval(entry.samples(second), entry.percent)
+    old = quantile_interval(entry.samples(first), 50)
+    new = quantile_interval(entry.samples(second), 50)
     return None if old is None or new is None else change_interval(old, new)
 
 

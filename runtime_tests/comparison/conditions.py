@@ -11,6 +11,7 @@ from runtime_tests.comparison.figures import BY_NAME
 
 _CONDITION = re.compile(r"\s*([A-Za-z0-9_]+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%?)\s*")
 _FLAG = "--fail-on"
+_FORM = "Write NAME<-N% or NAME>+N%, such as decode_tok_s<-5%; without % in the figure's own unit"
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,17 @@ class Condition:
 
 
 def parse(text: str) -> tuple[Condition, ...]:
-    """The conditions in a comma-separated list. UsageError names the one that cannot be read."""
-    return tuple(_parse_one(part) for part in text.split(",") if part.strip())
+    """The conditions in a comma-separated list; none in an empty text. UsageError names the one that cannot be read."""
+    found = tuple(_parse_one(part) for part in text.split(",") if part.strip())
+    if text and not found:
+        raise UsageError(f"{text!r} has no condition in it, so that nothing could fail", where=_FLAG, fix=_FORM)
+    return found
 
 
 def _parse_one(part: str) -> Condition:
     match = _CONDITION.fullmatch(part)
     if match is None:
-        fix = "Write NAME<-N% or NAME>+N%, such as decode_tok_s<-5%; without % in the figure's own unit"
-        raise UsageError(f"{part.strip()!r} is no condition on a change", where=_FLAG, fix=fix)
+        raise UsageError(f"{part.strip()!r} is no condition on a change", where=_FLAG, fix=_FORM)
     name, sign, direction, digits, percent = match.groups()
     if name not in BY_NAME:
         close = difflib.get_close_matches(name, BY_NAME, n=1)
@@ -58,4 +61,8 @@ def _parse_one(part: str) -> Condition:
     if (falls and limit > 0) or (not falls and limit < 0):
         fix = "A fall is written NAME<-N%, a rise NAME>+N%"
         raise UsageError(f"{part.strip()!r} would hold for a figure that has not changed", where=_FLAG, fix=fix)
+    if falls == (BY_NAME[name].better == "less"):
+        meant = f"{name}{'>+' if falls else '<-'}{digits}{percent}"
+        problem = f"{part.strip()!r} would fail on improvements alone: {BY_NAME[name].better} is better"
+        raise UsageError(problem, where=_FLAG, fix=f"Write {meant}")
     return Condition(name, falls, limit, bool(percent), part.strip())

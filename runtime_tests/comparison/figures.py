@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from devices.contract import Execution
 from runtime_tests.figure import Figure
 from runtime_tests.hardware import difference
+from runtime_tests.labels import label
 from runtime_tests.model import Report
-from runtime_tests.statistics import rate
+from runtime_tests.statistics import nearest_rank, rate
 
 Better = Literal["less", "more"]
-Kind = Literal["artefact", "accuracy", "speed", "memory"]
+Kind = Literal["artefact", "accuracy", "speed", "instructions", "memory"]
 
 _MILLISECOND = 1e6
 _SAME_TEXT = 1e-3  # of a perplexity
@@ -29,8 +31,9 @@ class Comparable:
         kind: what both reports must have in common for it to be compared.
         figure: the figure, or None where a report has none.
         scale: the figure's value times this is in `unit`.
-        samples: what the figure is a quantile of, in `unit`; empty where it is a single value.
-        percent: which quantile.
+        samples: a value for each run or load, in `unit`, of whose middle the figure tells; empty where it is a single
+            value. Tokens of one run are fast or slow together, so that they are one sample.
+        timed: its name in `labels`, where an emulator changes what it is called.
         places: what the figure is the mean of, one value a position of the text; empty where it is none.
     """
 
@@ -42,8 +45,12 @@ class Comparable:
     figure: Callable[[Report], Figure | None]
     scale: float = 1.0
     samples: Callable[[Report], Sequence[float]] = lambda _: ()
-    percent: float = 50
+    timed: str | None = None
     places: Callable[[Report], Sequence[float]] = lambda _: ()
+
+    def title(self, execution: Execution) -> str:
+        """The label, by how the figure was come by."""
+        return self.label if self.timed is None or execution == "measured" else label(self.timed, execution)
 
     def value(self, report: Report) -> float | None:
         """The report's value in `unit`."""
@@ -52,8 +59,14 @@ class Comparable:
         return None if number is None else number * self.scale
 
 
-def _token_ms(report: Report) -> list[float]:
-    return [ns / _MILLISECOND for run in report.samples.runs if not run.warmup for ns in run.token_ns if ns > 0]
+def _token_ms(percent: float) -> Callable[[Report], list[float]]:
+    """Each run's own percentile."""
+
+    def of(report: Report) -> list[float]:
+        runs = [[ns for ns in run.token_ns if ns > 0] for run in report.samples.runs if not run.warmup]
+        return [nearest_rank(run, percent) / _MILLISECOND for run in runs if run]
+
+    return of
 
 
 def _first_ms(report: Report) -> list[float]:
@@ -97,9 +110,17 @@ COMPARABLES: tuple[Comparable, ...] = (
         lambda r: r.fidelity.deployed.top1_with_original,
         100,
     ),
-    Comparable("load_ms", "Load time", "less", "speed", "ms", lambda r: r.speed.load_time, samples=_load_ms),
+    Comparable("load_ms", "Load time", "less", "speed", "ms", lambda r: r.speed.load_time, 1, _load_ms, "load_time"),
     Comparable(
-        "ttft_ms", "Time to first token", "less", "speed", "ms", lambda r: r.speed.time_to_first_token, 1, _first_ms
+        "ttft_ms",
+        "Time to first token",
+        "less",
+        "speed",
+        "ms",
+        lambda r: r.speed.time_to_first_token,
+        1,
+        _first_ms,
+        "time_to_first_token",
     ),
     Comparable(
         "prefill_tok_s",
@@ -110,21 +131,46 @@ COMPARABLES: tuple[Comparable, ...] = (
         lambda r: r.speed.prefill_speed,
         1,
         _prefill_rates,
+        "prefill_speed",
     ),
     Comparable(
-        "decode_tok_s", "Decode speed", "more", "speed", "tokens/s", lambda r: r.speed.decode_speed, 1, _decode_rates
+        "decode_tok_s",
+        "Decode speed",
+        "more",
+        "speed",
+        "tokens/s",
+        lambda r: r.speed.decode_speed,
+        1,
+        _decode_rates,
+        "decode_speed",
     ),
     Comparable(
-        "token_p50_ms", "Token time, p50", "less", "speed", "ms", lambda r: r.speed.token_time_p50, 1, _token_ms
+        "token_p50_ms",
+        "Token time, p50",
+        "less",
+        "speed",
+        "ms",
+        lambda r: r.speed.token_time_p50,
+        1,
+        _token_ms(50),
+        "token_time_p50",
     ),
     Comparable(
-        "token_p95_ms", "Token time, p95", "less", "speed", "ms", lambda r: r.speed.token_time_p95, 1, _token_ms, 95
+        "token_p95_ms",
+        "Token time, p95",
+        "less",
+        "speed",
+        "ms",
+        lambda r: r.speed.token_time_p95,
+        1,
+        _token_ms(95),
+        "token_time_p95",
     ),
     Comparable(
         "instructions",
         "Instructions per token",
         "less",
-        "speed",
+        "instructions",
         "",
         lambda r: r.cost.instructions_per_token if r.cost else None,
     ),
@@ -136,7 +182,9 @@ COMPARABLES: tuple[Comparable, ...] = (
         "J",
         lambda r: r.energy.per_token if r.energy else None,
     ),
-    Comparable("peak_rss_mb", "Peak memory", "less", "memory", "MB", lambda r: r.memory.peak_rss, 1e-6),
+    Comparable(
+        "peak_rss_mb", "Peak memory", "less", "memory", "MB", lambda r: r.memory.peak_rss, 1e-6, timed="peak_rss"
+    ),
 )
 BY_NAME = {entry.name: entry for entry in COMPARABLES}
 
@@ -161,6 +209,10 @@ def obstacle(kind: Kind, before: Report, after: Report) -> str | None:
         return f"{before.settings.threads} threads against {after.settings.threads}"
     if before.settings.cores != after.settings.cores:
         return f"cores {_cores(before)} against {_cores(after)}"
+    if before.settings.warmup != after.settings.warmup:
+        return f"{before.settings.warmup} warm-up runs against {after.settings.warmup}"
+    if kind == "instructions" and before.counted != after.counted:
+        return f"counted in {before.counted} against {after.counted}"
     return difference(before.device.fingerprint, after.device.fingerprint)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +28,7 @@ def print_comparison(found: Comparison, console: Console | None = None) -> None:
             continue
         unit = f", {row.figure.unit}" if row.figure.unit else ""
         table.add_row(
-            f"{row.figure.label}{unit}",
+            f"{_title(found, row)}{unit}",
             "–" if row.before is None else number(row.before),
             "–" if row.after is None else number(row.after),
             "" if row.change is None else _percent(row.change),
@@ -38,7 +36,7 @@ def print_comparison(found: Comparison, console: Console | None = None) -> None:
             Text(row.verdict, style=_STYLES.get(row.verdict, "")),
         )
     console.print(table)
-    for obstacle, labels in _obstacles(found.rows).items():
+    for obstacle, labels in _obstacles(found).items():
         console.print(Text(visible(f"not comparable: {'; '.join(labels)} ({obstacle})")))
     for condition in found.excused:
         console.print(Text(f"within noise: {condition.text}"))
@@ -46,18 +44,25 @@ def print_comparison(found: Comparison, console: Console | None = None) -> None:
         console.print(Text(f"regression: {condition.text}", style="red"))
 
 
-def _obstacles(rows: Sequence[Row]) -> dict[str, list[str]]:
+def _obstacles(found: Comparison) -> dict[str, list[str]]:
     """Why figures are not comparable -> their labels."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
+    reasons: dict[str, list[str]] = {}
+    for row in found.rows:
         if row.obstacle is not None:
-            found.setdefault(row.obstacle, []).append(row.figure.label)
-    return found
+            reasons.setdefault(row.obstacle, []).append(_title(found, row))
+    return reasons
+
+
+def _title(found: Comparison, row: Row) -> str:
+    """Of both values; where one is emulated and the other is not, the reports above the table say which."""
+    before, after = found.before.device.execution, found.after.device.execution
+    return row.figure.title(before) if before == after else row.figure.label
 
 
 def _describe(report: Report) -> str:
     deployed = report.deployed
-    parts = (deployed.model, deployed.recipe_name, deployed.runtime, report.device.name, report.settings.workload)
+    device = f"{report.device.name} ({report.device.execution})"
+    parts = (deployed.model, deployed.recipe_name, deployed.runtime, device, report.settings.workload)
     return visible(" · ".join(part for part in parts if part) + f" · {report.created}")
 
 

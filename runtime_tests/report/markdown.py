@@ -10,7 +10,7 @@ from runtime_tests.model import Report
 from runtime_tests.summary import main_figures
 
 # What GitHub and others would take for markup, a link, or a mention of somebody.
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~@&])")
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~@&]|:(?=//)|(?<=\bwww)\.)", re.IGNORECASE)
 
 
 def to_markdown(report: Report) -> str:

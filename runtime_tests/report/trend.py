@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,6 +20,8 @@ from runtime_tests.report.svg import SERIES, draw
 
 _DIRECTORY = Path(__file__).parent
 _MARKERS = ("o", "s", "^", "D")
+PAGE_MARKS = (b'<meta name="generator" content="boa-edge ', b" over time</title>")
+"""What a page of this kind, and no other of ours, has in its head."""
 Series = Mapping[tuple[str, ...], Sequence[Report]]
 
 
@@ -43,7 +46,7 @@ def render_history(series: Series) -> str:
             "name": " · ".join(kind),
             "colour": f"var(--series-{index % len(SERIES) + 1})",
             "marker": "●■▲◆"[index // len(SERIES) % len(_MARKERS)],
-            "rows": [(report.created, [_cell(entry, report) for entry in COMPARABLES]) for report in reports],
+            **_table(reports),
         }
         for index, (kind, reports) in enumerate(series.items())
     ]
@@ -52,7 +55,6 @@ def render_history(series: Series) -> str:
         style=Markup((_DIRECTORY / "report.css").read_text(encoding="utf-8")),
         charts=charts,
         kinds=kinds,
-        figures=COMPARABLES,
         count=sum(len(reports) for reports in series.values()),
     )
 
@@ -105,6 +107,16 @@ def _chart(entry: Comparable, series: Series, execution: Execution | None) -> Ma
     how = "" if execution is None else f", {execution},"
     text = f"{entry.label}{how} of {sum(len(known) for _, known in lines)} reports, at most {number(top)} {entry.unit}"
     return draw(f"history-{entry.name}-{execution or 'all'}", 200, f"{text.strip()}.", paint)
+
+
+def _table(reports: Sequence[Report]) -> dict[str, Any]:
+    """Heads and rows: the figures that at least one of these reports of one kind has."""
+    known = [entry for entry in COMPARABLES if any(entry.value(report) is not None for report in reports)]
+    titles = [(entry.title(reports[0].device.execution), entry.unit) for entry in known]
+    return {
+        "heads": [", ".join(filter(None, title)) for title in titles],
+        "rows": [(report.created, [_cell(entry, report) for entry in known]) for report in reports],
+    }
 
 
 def _cell(entry: Comparable, report: Report) -> str:

@@ -18,6 +18,7 @@ from test_device_events import GENERATE
 from boa_edge.errors import BoaEdgeError, UsageError
 from devices import GenerateRequest, open_device
 from devices.profile import read_profile
+from devices.selftest import self_test
 
 pytestmark = pytest.mark.usefixtures("server")
 
@@ -101,6 +102,20 @@ def test_listing_devices_starts_no_server(free_port: int) -> None:
         assert "no adb server is running" in " ".join(open_device("android").status().missing)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", free_port)) != 0
+
+
+def test_a_device_that_does_not_answer_is_not_called_measured(daemon: Adbd) -> None:
+    daemon.phone.faults.authorized = False
+    adb("disconnect", daemon.serial)
+    device = open_device(f"android:{daemon.serial}")
+    assert device.status().execution is None
+    with pytest.raises(BoaEdgeError, match="Allow USB debugging"):
+        _ = device.execution
+    result = self_test(device)
+    assert (result.works, result.execution) == (False, None)
+    daemon.phone.faults.authorized = True
+    adb("disconnect", daemon.serial)
+    assert device.status().execution == device.execution == "emulated"
 
 
 def test_a_phone_is_never_called_emulated_nor_an_emulator_a_phone(daemon: Adbd, tmp_path: Path) -> None:

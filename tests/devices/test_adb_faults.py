@@ -7,7 +7,11 @@ docs/devices.md lists these faults with their outcomes.
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import threading
+import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +19,16 @@ import numpy as np
 import pytest
 from adb_server import attached_phone
 from adbd import Adbd
-from phone_runs import RIGHT, SLOWLY, Make, assert_clean, assert_right, pushed
+from phone_runs import EVENTS, RIGHT, SLOWLY, Make, assert_clean, assert_right, pushed
 from test_device_events import GENERATE, script
 from tiny_decoder import VOCABULARY
 
 from boa_edge.errors import BoaEdgeError
-from devices import RunResult, ScoreRequest, tools
+from devices import RunResult, ScoreRequest, open_device, tools
 from devices.adb import AdbTransport
 from devices.contract import Event
+from devices.remote.store import Store
+from devices.selftest import self_test
 from devices.transport import ConnectionLostError
 
 
@@ -264,6 +270,85 @@ def test_two_runs_on_one_device_take_turns(make: Make, daemon: Adbd, tiny_bundle
     steps += [command for command in daemon.phone.commands if "rm -rf" in command and "/lock" in command]
     order = [command for command in daemon.phone.commands if command in steps]
     assert ["mkdir" in command for command in order] == [True, False, True, False]
+    assert_clean(daemon)
+
+
+def test_two_names_for_one_device_take_turns(make: Make, daemon: Adbd, tiny_bundle: Path, tmp_path: Path) -> None:
+    device = make(SLOWLY)
+    (tmp_path / "other.toml").write_text((tmp_path / "phone.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    results: list[RunResult] = []
+    threads = [
+        threading.Thread(target=lambda one=one: results.append(one.run(tiny_bundle, GENERATE)))
+        for one in (device, open_device(str(tmp_path / "other.toml")))
+    ]
+    threads[0].start()
+    while not daemon.phone.running():
+        time.sleep(0.02)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    for result in results:
+        assert_right(result)
+    starts = [command for command in daemon.phone.commands if "wait $p" in command]
+    assert len(starts) == 2
+    assert_clean(daemon)
+
+
+@pytest.mark.parametrize("holder", ["alive", "dead", "another by that number", "this one, done"])
+def test_a_lock_of_this_machine_is_taken_over_only_from_the_dead(
+    make: Make, daemon: Adbd, tiny_bundle: Path, holder: str
+) -> None:
+    """Two ways to one device, such as a cable and the network, do not meet at the lock of this machine."""
+    boot = (daemon.phone.root / "proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    with subprocess.Popen(["sleep", "600"]) as process:
+        started = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8").split()[21]
+        if holder == "dead":
+            process.kill()
+            process.wait()
+        pid = os.getpid() if holder == "this one, done" else process.pid
+        mark = f"{int(started) - (holder == 'another by that number')}-00"
+        line = f"{socket.gethostname()}:{os.geteuid()} {pid} {boot} {mark}\n"
+        daemon.phone.write("data/local/tmp/boa-edge/lock/owner", line)
+        os.utime(daemon.phone.data / "boa-edge" / "lock", (1e9, 1e9))
+        try:
+            if holder == "alive":
+                with pytest.raises(BoaEdgeError, match=f"in use by process {pid} of "):
+                    make().run(tiny_bundle, GENERATE)
+            else:
+                assert_right(make().run(tiny_bundle, GENERATE))
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("field", [{}, {"i": 0}])
+def test_a_runner_cannot_have_worked_while_its_files_were_on_their_way(
+    make: Make, daemon: Adbd, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, field: dict[str, int]
+) -> None:
+    ensure = Store.ensure
+
+    def slowly(self: Store, files: Mapping[str, Path]) -> None:
+        ensure(self, files)
+        time.sleep(3)
+
+    monkeypatch.setattr(Store, "ensure", slowly)
+    events = [event | {"ns": 2_900_000_000, **field} if event["event"] == "load" else event for event in EVENTS]
+    with pytest.raises(BoaEdgeError, match=r"claims 2\.9 s of work, but only .* s passed here meanwhile"):
+        make(events=events).run(tiny_bundle, GENERATE)
+
+
+def test_a_runner_that_prints_on_and_on_is_stopped(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(BoaEdgeError, match="printed 'garbage'"):
+        make("while :; do echo garbage; sleep 0.2; done").run(tiny_bundle, GENERATE)
+    assert time.monotonic() - started < 20
+    assert_clean(daemon)
+
+
+@pytest.mark.parametrize("runner", ["head -c 300000 /dev/zero | tr '\\0' '['; echo; exit 1", "yes"])
+def test_the_self_test_stands_what_a_runner_prints(make: Make, daemon: Adbd, runner: str) -> None:
+    works = {step.name: step.works for step in self_test(make(runner)).steps}
+    assert (works["files"], works["program"], works["model"]) == (True, False, False)
     assert_clean(daemon)
 
 

@@ -41,6 +41,22 @@ def test_what_the_device_says_of_itself_is_a_value_or_why_there_is_none(make: Ma
     assert "asimddp" in found["features"]
 
 
+def test_numbers_that_cannot_be_are_unavailable(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    huge = "1" + "0" * 400
+    daemon.phone.program("dumpsys", f"echo '  level: 50'; echo '  temperature: {huge}'; echo 'Thermal Status: {huge}'")
+    daemon.phone.write("sys/class/thermal/thermal_zone1/type", "gpu\n")
+    daemon.phone.write("sys/class/thermal/thermal_zone1/temp", f"{huge}\n")
+    daemon.phone.write("proc/meminfo", f"MemTotal: {huge} kB\n")
+    battery(daemon, "Discharging", huge)
+    device = make("sleep 1.5; " + RIGHT)
+    result = device.run(tiny_bundle, replace(GENERATE, battery="bms"))
+    state = result.state["before"]
+    assert state["battery"] == {"level_percent": 50, "powered_by": "battery"}
+    assert state["temperatures_c"] == {"zone0:cpu": 41.5}
+    assert (state["thermal_status"], state["gauge"], result.gauge) == ("unavailable", "unavailable", ())
+    assert device.fingerprint()["memory_bytes"] == "unavailable"
+
+
 def test_temperatures_and_clocks_are_read_before_and_after(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
     def heat(event: Event) -> None:
         daemon.phone.write("sys/class/thermal/thermal_zone0/temp", "78000\n")

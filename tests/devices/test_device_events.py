@@ -112,6 +112,12 @@ def test_any_other_text_is_one_clear_line(text: str) -> None:
         ('{"event":"load","ns":Infinity}', "Infinity is not a number"),
         ('{"event":"memory","peak_rss_bytes":"1","rss_bytes":1}', "peak_rss_bytes"),
         ('{"event":"error","message":""}', "message"),
+        ('{"event":"load","ns":9223372036854775808}', "9223372036854775808 is no 64-bit number"),
+        ('{"event":"load","ns":1' + 5000 * "0" + "}", "is no 64-bit number"),
+        ('{"event":"load","ns":1,"more":[1e400]}', "1e400 is too large a number"),
+        ('{"event":"memory","peak_rss_bytes":1,"rss_bytes":1,"pss_bytes":"1"}', "pss_bytes = '1'"),
+        ('{"event":"load","ns":1,"more":["\\ud800"]}', "half of a surrogate pair"),
+        ('{"event":"load","ns":' + 900 * "[" + 900 * "]" + "}", "ns = [[["),
         ("[" * 100_000, "not a JSON object"),
     ],
 )
@@ -119,8 +125,8 @@ def test_a_wrong_line_is_quoted_with_what_is_wrong(line: str, found: str) -> Non
     with pytest.raises(BoaEdgeError) as error:
         parse_event(line, "dev")
     message = str(error.value)
+    assert len(message) < 1000
     if found == "not a JSON object" and line.startswith("[["):
-        assert len(message) < 1000
         return
     assert found in message
 
@@ -158,3 +164,18 @@ def test_output_after_end_is_refused() -> None:
 def test_an_error_event_passes_on_its_message() -> None:
     with pytest.raises(BoaEdgeError, match="the runner failed: no such op"):
         feed(SCORE, [lines_of(SCORE)[0], '{"event":"error","message":"no such op"}'])
+
+
+def test_an_error_event_forges_no_line() -> None:
+    event = {"event": "error", "message": "no\nerror: forged\x1b[2J\u2028" + "x" * 10_000}
+    with pytest.raises(BoaEdgeError) as error:
+        feed(SCORE, [lines_of(SCORE)[0], json.dumps(event)])
+    assert "no⟨U+000A⟩error: forged⟨U+001B⟩[2J⟨U+2028⟩xxx" in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_only_a_token_0_counts_with_its_prefill() -> None:
+    events = script(GENERATE)
+    events[1] |= {"ns": 100, "i": 0}
+    events[-2]["ns"] = "no time of the contract"
+    assert feed(GENERATE, [json.dumps(event) for event in events]).claimed_ns == 100 + 3 * (9 + 9)

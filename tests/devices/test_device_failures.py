@@ -110,6 +110,24 @@ def test_a_run_that_goes_wrong_says_how(tiny_bundle: Path, keep: int, then: str,
 
 @pytest.mark.parametrize(
     "then",
+    [
+        "while True: print('garbage', flush=True); time.sleep(0.1)",
+        "print('garbage', flush=True); time.sleep(600)",
+        "print('garbage', end='', flush=True); os.close(1); time.sleep(600)",
+    ],
+)
+def test_a_runner_that_does_not_end_once_it_is_refused_is_stopped(tiny_bundle: Path, then: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(BoaEdgeError, match=r"printed 'garbage'.* Last words: sorry⟨U\+001B⟩\[2J"):
+        device(printing([], f"print('sorry\\x1b[2J', file=sys.stderr, flush=True)\n{then}"), silence=600.0).run(
+            tiny_bundle, GENERATE
+        )
+    assert time.monotonic() - started < 20
+    assert workplaces() == []
+
+
+@pytest.mark.parametrize(
+    "then",
     ["time.sleep(600)", "os.close(1); time.sleep(600)", "print('{', end='', flush=True); time.sleep(600)"],
 )
 def test_a_hang_ends_within_the_limit_and_takes_its_children_along(
@@ -176,6 +194,9 @@ def test_an_exception_of_the_listener_stops_the_run(tiny_bundle: Path) -> None:
         (GenerateRequest((1,), 1, repeats=0), "repeats is 0"),
         (GenerateRequest((1,), 1, warmup=-1), "warmup is -1"),
         (ScoreRequest((1,), threads=0), "threads is 0"),
+        (ScoreRequest((1,), threads=1025), "threads is 1025; it must be at most 1024"),
+        (ScoreRequest((1,), cores=(-1,)), "core -1"),
+        (GenerateRequest((1,), 1, repeats=10**20), "it must be at most"),
         (ScoreRequest((1,) * (CONTEXT + 1)), f"context has {CONTEXT}"),
         (GenerateRequest((1,), CONTEXT + 1), f"context has {CONTEXT}"),
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from ssh_server import Board, ssh_board
 from test_device_events import GENERATE, script
 
 from boa_edge.errors import BoaEdgeError, UsageError
-from devices import ScoreRequest, open_device
+from devices import ScoreRequest, open_device, tools
 from devices.contract import Event
 from devices.device import RunnerDevice
+from devices.profile import Profile
+from devices.ssh import SshShell
 
 EVENTS = script(GENERATE)
 Make = Callable[..., RunnerDevice]
@@ -106,6 +111,36 @@ def test_what_the_user_has_to_settle_is_said(make: Make, board: Board, tmp_path:
     board.stop()
     with pytest.raises(BoaEdgeError, match="does not answer"):
         make().fingerprint()
+
+
+@pytest.mark.skipif(tools.find(tools.SSH) is None, reason="no OpenSSH client here")
+def test_names_of_one_host_are_one_address() -> None:
+    def address(host: str, **fields: Any) -> str:
+        return SshShell(Profile(name="board", description="x", transport="ssh", host=host, **fields), host).address()
+
+    assert address("pi@board.example") == address("pi@BOARD.example", port=22) == "pi@board.example:22"
+    assert address("pi@board.example", port=2222) == "pi@board.example:2222"
+
+
+@pytest.mark.skipif(tools.find(tools.SSH) is None, reason="no OpenSSH client here")
+@pytest.mark.parametrize("place", ["long", "spaced", "short"])
+def test_its_socket_stands_where_a_socket_can(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = {"long": "x" * 100, "spaced": "a %h b", "short": "run"}[place]
+    directory = Path(tempfile.mkdtemp(prefix="boa", dir="/tmp")) / name
+    directory.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(directory))
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    host = "nobody@127.0.0.1"
+    shell = SshShell(Profile(name="board", description="x", transport="ssh", host=host, port=9), host)
+    control = Path(shell._control.name)
+    assert control.parent == (directory if place == "short" else Path("/tmp"))
+    assert control.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(BoaEdgeError, match=r"does not answer \(.*refused"):
+        shell.greet()
+    del shell
+    gc.collect()
+    assert not control.exists()
+    shutil.rmtree(directory.parent)
 
 
 def test_a_profile_without_a_host_says_how_to_name_one() -> None:

@@ -44,3 +44,23 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Made:
     bundle = {"origin": origin | planned, "hostile": HOSTILE, "recipe": recipe}
     greedy = make_device().greedy * 0 + 5
     return make(tmp_path_factory.mktemp("hostile"), bundle=bundle, greedy=greedy, name=HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Every name from outside is long and has no place to break it."""
+    origin = provenance() | activations()
+    origin["source"]["model"] = "model" * 14
+    origin["calibration"]["source"] = "c" * 150
+    origin["evaluation"]["source"] = "https://example.org/" + "e" * 150
+    origin["layers"][0] |= {"name": "model.layers.0." + "y" * 120, "relative_loss": 0.5}
+    origin["comparison"][3] |= {"recipe": "w4g32a8-" + "z" * 120}
+    origin["comparison"][2] |= {"method": "q" * 70}
+    origin["transforms"] = {"names": ["t" * 80], "notes": ["n" * 200]}
+    origin["versions"] = {"v" * 60: "w" * 90}
+    origin["recipe"] = "w4g32" + "r" * 90
+    bundle = {"origin": origin, "recipe": RECIPE_A8}
+    state = {"throttled": "0x" + "5" * 200, "temperatures_c": {"zone0:" + "c" * 80: 41.0}}
+    name = "ssh:user@" + "averylongboardname" * 4 + ".lab.example"
+    made = tmp_path_factory.mktemp("unbroken")
+    return make(made, bundle=bundle, execution="measured", name=name, state=state, facts={"board": "b" * 90})

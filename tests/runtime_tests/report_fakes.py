@@ -198,6 +198,13 @@ def make_bundle(
     return path
 
 
+def shorten(bundle: Path, context: int) -> None:
+    """Give a bundle's program another context."""
+    document = json.loads((bundle / "runtime.json").read_text())
+    (bundle / "runtime.json").write_text(json.dumps(document | {"context_length": context}))
+    write_manifest(bundle)
+
+
 def write_tokenizer(path: Path, vocabulary: dict[str, int]) -> None:
     """A word-level tokenizer that joins words by spaces."""
     document = {

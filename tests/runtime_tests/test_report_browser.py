@@ -27,7 +27,7 @@ def _browser() -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-@pytest.mark.parametrize("kind", ["emulated", "measured", "hostile"])
+@pytest.mark.parametrize("kind", ["emulated", "measured", "hostile", "unbroken"])
 def test_page_fits_its_window_and_asks_nobody(kind: str, width: int, request: pytest.FixtureRequest) -> None:
     made: Made = request.getfixturevalue(kind)
     page = measure_page(made.directory / "report.html", width)
@@ -40,7 +40,7 @@ def test_page_fits_its_window_and_asks_nobody(kind: str, width: int, request: py
     assert page.smallest >= 9.5
 
 
-@pytest.mark.parametrize("kind", ["emulated", "measured", "hostile"])
+@pytest.mark.parametrize("kind", ["emulated", "measured", "hostile", "unbroken"])
 def test_nothing_is_cut_off_on_paper(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     made: Made = request.getfixturevalue(kind)
     page = measure_page(made.directory / "report.html", PAPER, printed=True)

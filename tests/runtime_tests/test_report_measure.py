@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from report_fakes import (
     POSITIONS,
     Made,
@@ -19,6 +20,7 @@ from report_fakes import (
     make_device,
     provenance,
     reference_tensors,
+    shorten,
     write_manifest,
 )
 
@@ -236,6 +238,7 @@ def test_evaluation_may_stand_in_three_places(tmp_path: Path) -> None:
         ({"layers": [{"name": "a", "bits": "four"}]}, "layers.0.bits"),
         ({"source": {"files": {"model.gguf": "short"}}}, "source.files.model.gguf"),
         ({"layers": 3}, "layers"),
+        ({"comparison": [{"method": "rtn", "payload_bytes": 10**400}]}, "comparison.0.payload_bytes"),
     ],
 )
 def test_a_malformed_provenance_names_its_field(tmp_path: Path, change: dict[str, Any], where: str) -> None:
@@ -267,6 +270,51 @@ def test_settings_out_of_range_are_usage_errors(tmp_path: Path, flags: dict[str,
         measure(make_bundle(tmp_path / "bundle"), device, tmp_path / "report", **flags)
     assert device.requests == []
     assert not (tmp_path / "report").exists()
+
+
+def test_of_a_text_longer_than_the_context_as_much_is_scored_as_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, device = make_bundle(tmp_path / "bundle"), make_device()
+    shorten(bundle, POSITIONS - 1)
+    report = measure(bundle, device, tmp_path / "report", new_tokens=4)
+    assert report.fidelity.positions == report.settings.score_tokens == POSITIONS - 1
+    assert f"scoring the 39 tokens of the reference text that fit the bundle's context, not {POSITIONS}" in (
+        capsys.readouterr().err
+    )
+    device.requests.clear()
+    with pytest.raises(UsageError, match=r"--score-tokens: 40 exceed the context of 39 tokens\. At most 39 fit"):
+        measure(bundle, device, tmp_path / "other", new_tokens=4, score_tokens=POSITIONS)
+    assert device.requests == []
+
+
+@pytest.mark.parametrize("name", ["peak_rss_bytes", "rss_bytes", "pss_bytes"])
+def test_an_amount_beyond_all_memory_is_refused_in_the_first_run(tmp_path: Path, name: str) -> None:
+    device = make_device(memory={"peak_rss_bytes": 10**9, "rss_bytes": 10**9, name: 10**400})
+    with pytest.raises(BoaEdgeError, match=f"device arm64: the runner's `memory` event has {name} of more"):
+        measure(make_bundle(tmp_path / "bundle"), device, tmp_path / "report")
+    assert len(device.requests) == 1
+
+
+def test_what_a_runner_calls_itself_cannot_spoil_the_report(tmp_path: Path) -> None:
+    device = make_device()
+    start = device._start
+
+    def odd(mode: str, tokens: int) -> list[Event]:
+        first, load = start(mode, tokens)
+        return [{**first, "attention": "\ud800x", "runtime_version": "1\u202e"}, load]
+
+    device._start = odd  # type: ignore[method-assign]
+    report = measure(make_bundle(tmp_path / "bundle"), device, tmp_path / "report")
+    assert report.device.attention == "⟨U+D800⟩x"
+    assert report.device.runtime == "ONNX Runtime 1⟨U+202E⟩"
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e400])
+def test_a_figure_has_room_for_64_bits(value: float) -> None:
+    with pytest.raises(ValidationError):
+        Figure(value=value, unit="bytes", execution="measured")
+    assert Figure(value=2**63 - 1, unit="bytes", execution="measured").value == 2**63 - 1
 
 
 def drop(kind: str) -> Callable[[list[Event]], list[Event]]:
@@ -313,7 +361,7 @@ def test_a_device_that_misstates_its_execution(tmp_path: Path) -> None:
         return replace(answer(*arguments), execution="emulated")
 
     device.run = lie  # type: ignore[method-assign]
-    with pytest.raises(BoaEdgeError, match="the run was emulated"):
+    with pytest.raises(BoaEdgeError, match="run was emulated"):
         measure(make_bundle(tmp_path / "bundle"), device, tmp_path / "report")
 
 

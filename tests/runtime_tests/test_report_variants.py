@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
 from report_browser import find_chromium, measure_page
-from report_fakes import HOSTILE, make_bundle, make_device, provenance, reference_tensors
+from report_fakes import HOSTILE, make_bundle, make_device, provenance, reference_tensors, shorten
 
 from boa_edge.errors import UsageError
 from runtime_tests import Report, Wishes, measure_together
 from runtime_tests.reading import read_report
 from runtime_tests.report import to_markdown
 from runtime_tests.schema import published_schema
-from runtime_tests.variants import variant_names
+from runtime_tests.variants import directory_names, variant_names
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,44 @@ def test_names_say_no_more_than_it_takes(together: tuple[tuple[Report, ...], Pat
     other = first.model_copy(update={"runtime": "executorch"})
     assert variant_names([first, other]) == ("onnx", "executorch")
     assert variant_names([first, first]) == ("onnx 1", "onnx 2")
+
+
+def named(path: Path, recipe: str) -> Path:
+    return make_bundle(path, origin=provenance() | {"recipe": recipe})
+
+
+def test_each_has_a_directory_of_its_own_that_a_link_can_name(tmp_path: Path) -> None:
+    recipes = ("x", "a b", "a-b", "A-B", "my#1", "r" * 300, "../..", "naïve")
+    bundles = [named(tmp_path / str(index), recipe) for index, recipe in enumerate(recipes)]
+    reports = measure_together(bundles, make_device(), tmp_path / "report", Wishes(new_tokens=2))
+    links = [one.report for one in reports[0].variants[1:]]
+    assert links[:4] == [f"onnx-{name}/report.html" for name in ("a-b", "a-b-2", "A-B-3", "my-1")]
+    for link, recipe in zip(links, recipes[1:], strict=True):
+        assert link is not None
+        assert re.fullmatch(r"onnx[\w.-]{,90}/report\.html", link, re.ASCII)
+        assert read_report((tmp_path / "report" / link).parent).deployed.recipe_name == recipe
+
+
+def test_names_of_directories_are_told_apart_whatever_is_in_them() -> None:
+    names = directory_names(["a", "a-2", "A", "a ", "日本", "語", ".", "x" * 200, "x" * 201])
+    assert len({name.lower() for name in names}) == 9
+    assert names[:2] == ("a", "a-2")
+    assert max(map(len, names)) < 90
+
+
+def test_all_are_asked_what_the_shortest_context_has_room_for(tmp_path: Path) -> None:
+    bundles = [make_bundle(tmp_path / name, activations=name) for name in ("int8", "float32")]
+    shorten(bundles[1], 39)
+    device = make_device(execution="measured")
+    reports = measure_together(bundles, device, tmp_path / "report", Wishes(new_tokens=4))
+    assert [report.fidelity.positions for report in reports] == [39, 39]
+    assert reports[0].settings == reports[1].settings
+
+
+def test_an_address_in_a_name_is_no_link(together: tuple[tuple[Report, ...], Path]) -> None:
+    deployed = together[0][0].deployed.model_copy(update={"model": "https://evil.example/x WWW.evil.example v1.5"})
+    title = to_markdown(together[0][0].model_copy(update={"deployed": deployed})).splitlines()[0]
+    assert title.startswith(r"### https\://evil.example/x WWW\.evil.example v1.5 ")
 
 
 def test_markdown_is_a_table_that_nothing_in_it_can_break(together: tuple[tuple[Report, ...], Path]) -> None:
