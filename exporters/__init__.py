@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError, UsageError
@@ -29,6 +31,10 @@ __all__ = [
 ]
 
 EXPORTERS: dict[str, Exporter] = {"executorch": executorch.EXPORTER, "onnx": onnx.EXPORTER}
+_KEPT_FLOAT = (
+    "the checkpoint was quantized for int8 activations ({}) and this bundle keeps them in float32, so its figures "
+    "differ from the recorded ones (--activations int8 keeps them)"
+)
 _UNPLANNED = (
     "the checkpoint was quantized for floating-point activations and this bundle rounds them to int8, so its figures "
     "differ from the recorded ones (--activations float32 keeps them; recipes with a8 are made for int8)"
@@ -81,11 +87,11 @@ def export(
     source = Checkpoint(checkpoint)
     exporter.check(source, request)
     with output_directory(output, overwrite=overwrite, inputs={"the checkpoint": checkpoint}) as directory:
-        lowered = exporter.lower(source, directory, request)
+        with _naming(checkpoint, directory, output):
+            lowered = exporter.lower(source, directory, request)
         copy_companions(source, directory)
         manifest = write_manifest(directory, source.recipe)
-    unplanned = chosen == "int8" and source.activations is None
-    notes = (*((_UNPLANNED,) if unplanned else ()), *lowered.notes)
+    notes = (*_of_activations(source, chosen), *lowered.notes)
     for note in notes:
         say(f"note: {note}")
     return ExportResult(
@@ -99,6 +105,27 @@ def export(
         seconds=time.monotonic() - start,
         notes=notes,
     )
+
+
+def _of_activations(source: Checkpoint, activations: Activations) -> tuple[str, ...]:
+    """Where the bundle's are of another kind than those that the checkpoint's figures stand for."""
+    plan = source.activations
+    if plan is None or plan.format.scheme == "float":
+        return (_UNPLANNED,) if activations == "int8" else ()
+    return (_KEPT_FLOAT.format(plan.format.scheme),) if activations == "float32" else ()
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: Path, directory: Path, output: Path) -> Iterator[None]:
+    """Errors of files below `directory`, which nobody will see, name the checkpoint that these were made of."""
+    try:
+        yield
+    except BoaEdgeError as error:
+        where = Path(error.where) if isinstance(error.where, str | Path) else None
+        if where is None or not where.is_relative_to(directory):
+            raise
+        what = f"the {where.relative_to(directory)} made of it: {error.what}".replace(str(directory), str(output))
+        raise type(error)(what, where=checkpoint, fix=error.fix) from error
 
 
 def no_lengths(runtime: str) -> UsageError:

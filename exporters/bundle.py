@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, sha256_file, write_json
+from exporters.signature import SIGNATURE, check_signature
 from toolchain.checkpoint import Checkpoint
 from toolchain.loading.papers import CARD_COPY, LICENCES
 
 MANIFEST = "manifest.json"
 RUNTIME = "runtime.json"
-SIGNATURE = "manifest.sig"
 LOWERING = "lowering.json"  # of ExecuTorch
 KERNELS = "kernels.json"  # of ONNX
 REFERENCE = "reference"
@@ -86,6 +86,12 @@ class RuntimeConfig(_Document):
             raise ValueError(f"prefill_length {self.prefill_length} exceeds context_length {self.context_length}")
         return self
 
+    @model_validator(mode="after")
+    def _options_have_names(self) -> Self:
+        if "" in self.session_config:
+            raise ValueError("session_config: an option has no name")
+        return self
+
 
 class FileEntry(BaseModel):
     """Size in bytes, hex SHA-256 and role of one file."""
@@ -145,11 +151,16 @@ def write_manifest(directory: Path, recipe: dict[str, Any]) -> Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle whose every file has been compared with its manifest."""
+    """A bundle whose every file has been compared with its manifest, which lists all of them.
+
+    Attributes:
+        signer: the public key by which the manifest is signed; None where there is no signature, or none was asked for.
+    """
 
     path: Path
     manifest: Manifest
     runtime: RuntimeConfig
+    signer: bytes | None = None
 
     @property
     def model(self) -> Path:
@@ -157,11 +168,15 @@ class Bundle:
         return self.path / self.runtime.model
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
+    def open(cls, path: Path, *, signature: bool = True) -> Bundle:
         """Read and check a bundle.
 
+        Args:
+            signature: check the signature where there is one; False is for who signs anew.
+
         Raises:
-            BoaEdgeError: not a bundle, a file that is missing or differs from the manifest, or a foreign schema.
+            BoaEdgeError: not a bundle, a file that is missing, differs from the manifest or is not in it, a signature
+                that does not hold, or a foreign schema.
         """
         if not path.is_dir():
             raise BoaEdgeError("no such bundle", where=path, fix="Make one with `boa-edge export`")
@@ -169,6 +184,7 @@ class Bundle:
             fix = "Make a bundle with `boa-edge export`"
             raise BoaEdgeError(f"is not a bundle (no {MANIFEST})", where=path, fix=fix)
         manifest = _parse(Manifest, path / MANIFEST, "the manifest")
+        signer = check_signature(path / SIGNATURE, path / MANIFEST) if signature else None
         for name, entry in manifest.files.items():
             _verify(path, name, entry)
         if RUNTIME not in manifest.files:
@@ -178,7 +194,8 @@ class Bundle:
             raise BoaEdgeError(
                 f"names the model {runtime.model!r}, which {MANIFEST} does not list", where=path / RUNTIME
             )
-        return cls(path, manifest, runtime)
+        _refuse_strangers(path, {*manifest.files, MANIFEST, SIGNATURE})
+        return cls(path, manifest, runtime, signer)
 
 
 def _parse(model: type[M], path: Path, what: str) -> M:
@@ -196,9 +213,25 @@ def _parse(model: type[M], path: Path, what: str) -> M:
         raise BoaEdgeError(found, where=path, fix=_EXPORT_AGAIN) from None
 
 
+def _refuse_strangers(root: Path, known: set[str]) -> None:
+    """A file that the manifest does not list is vouched for by nobody, yet a runtime might read it."""
+    for path in sorted(root.rglob("*")):
+        directory = path.is_dir() and not path.is_symlink()
+        if not directory and path.relative_to(root).as_posix() not in known:
+            raise BoaEdgeError(f"is not in {MANIFEST}", where=path, fix="Remove it, or export the bundle again")
+
+
 def _verify(root: Path, name: str, entry: FileEntry) -> None:
     pure = PurePosixPath(name)
     path = root / pure
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass  # (said below)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        problem = f"lists {name[:80]!r}, which is no file's name ({reason})"
+        raise BoaEdgeError(problem, where=root / MANIFEST, fix=_EXPORT_AGAIN) from None
     inside = os.path.realpath(path).startswith(os.path.realpath(root) + os.sep)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not inside:
         raise BoaEdgeError(f"lists {name!r}, which is outside the bundle", where=root / MANIFEST, fix=_EXPORT_AGAIN)

@@ -37,7 +37,8 @@ def open_bundle(path: Path) -> BundleFacts:
     """Verify a bundle against its manifest and read what a measurement needs.
 
     Raises:
-        BoaEdgeError: a file is missing, does not match the manifest, or is malformed.
+        BoaEdgeError: a file is missing, does not match the manifest, is not in it, or is malformed; a signature that
+            does not hold.
     """
     bundle = Bundle.open(path)
     provenance = read_provenance(path / "reference" / "provenance.json")

@@ -19,18 +19,30 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.files import read_json, write_json
 from toolchain.activations.cache import CachePlan
 from toolchain.activations.plan import ActivationPlan
+from toolchain.checkpoint_files import (
+    ACTIVATIONS,
+    EMBEDDING,
+    GENERATION,
+    KV_CACHE,
+    TRANSFORMS,
+    check_files,
+    check_tensors,
+    check_token_ids,
+    read_schemes,
+)
 from toolchain.families import DecoderSpec, describe
 from toolchain.packing import pack, scheme, unpack
 from toolchain.quantized import QuantizedWeight
 from toolchain.transforms.base import Transform
 from toolchain.transforms.record import from_record, to_record
 
-ACTIVATIONS = "activations.json"
-KV_CACHE = "kv_cache.json"
-TRANSFORMS = "transforms.json"
+__all__ = ["ACTIVATIONS", "KV_CACHE", "TRANSFORMS", "Checkpoint", "stored_dtype", "write_transforms", "write_weights"]
+
 _TRANSFORM_TENSORS = "transforms.safetensors"
 # A type that `transformers` refuses: it would compute with the weights alone and be silently wrong.
 _ROTATED, _MODEL_TYPE = "boa_edge_rotated", "boa_edge_model_type"
+# What unpacking raises of tensors and metadata that are missing, or of other shapes and types.
+_BROKEN = (KeyError, ValueError, TypeError, RuntimeError, IndexError)
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -56,7 +68,7 @@ def write_weights(
     for name, weight in quantized.items():
         packed = pack(weight, scale_dtype)
         if name == spec.embedding:
-            save_file(packed, directory / "embedding.safetensors", metadata=_embedding_metadata(weight))
+            save_file(packed, directory / EMBEDDING, metadata=_embedding_metadata(weight))
             tensors[f"{name}.weight"] = weight.dequantize().to(stored_dtype(config))
             continue
         tensors.update({f"{name}.{part}": tensor for part, tensor in packed.items()})
@@ -95,6 +107,10 @@ def write_transforms(directory: Path, transforms: Sequence[Transform]) -> None:
         save_file(tensors, directory / _TRANSFORM_TENSORS)
 
 
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+
+
 def _embedding_metadata(weight: QuantizedWeight) -> dict[str, str]:
     return {"format": "pt", "bits": str(weight.bits), "group_size": str(weight.group_size or 0)}
 
@@ -103,15 +119,17 @@ class Checkpoint:
     """A quantized checkpoint on disk, read lazily.
 
     Raises:
-        BoaEdgeError: the directory is not a quantized checkpoint, or a file of it is broken.
+        BoaEdgeError: the directory is not a quantized checkpoint, or a file of it is missing or broken.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
             raise BoaEdgeError("no such quantized checkpoint", where=path, fix="Make one with `boa-edge quantize`")
-        self.config: dict[str, Any] = read_json(path / "config.json", "the model configuration")
-        if self.config.get("model_type") == _ROTATED:
+        config = read_json(path / "config.json", "the model configuration")
+        self.config: dict[str, Any] = config if isinstance(config, dict) else {}
+        rotated = self.config.get("model_type") == _ROTATED
+        if rotated:
             self.config["model_type"] = self.config.pop(_MODEL_TYPE, None)
         quantization = self.config.get("quantization_config")
         if not isinstance(quantization, dict) or quantization.get("format") != "pack-quantized":
@@ -120,13 +138,16 @@ class Checkpoint:
                 where=path / "config.json",
                 fix="Make one with `boa-edge quantize`",
             )
+        check_token_ids(self.config, path / "config.json")
         self.spec: DecoderSpec = describe(self.config, path / "config.json")
-        self._schemes = [
-            ([re.compile(target.removeprefix("re:")) for target in group["targets"]], group["weights"])
-            for group in quantization["config_groups"].values()
-        ]
+        self._schemes = read_schemes(quantization, path / "config.json")
+        if (path / GENERATION).exists():
+            check_token_ids(read_json(path / GENERATION, "the generation settings"), path / GENERATION)
         self._tensors = self._open("model.safetensors")
         self._names = set(self._tensors.keys())
+        check_files(path, self.recipe, rotated=rotated)
+        check_tensors(self._shapes(), self.spec, self._schemes, path)
+        self._table_format = self._read_table_format()
 
     def _open(self, name: str) -> Any:
         path = self.path / name
@@ -137,6 +158,15 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise BoaEdgeError(f"is truncated or damaged ({error})", where=path, fix="Quantize again") from None
 
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, and of every weight that stands as codes."""
+        shapes = {name: tuple(self._tensors.get_slice(name).get_shape()) for name in self._names}
+        codes = [name.removesuffix("_packed") for name in self._names if name.endswith(".weight_packed")]
+        for name in codes:
+            shape = self.tensor(f"{name}_shape")
+            shapes[name] = tuple(int(size) for size in shape.flatten())
+        return shapes
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The effective recipe."""
@@ -145,10 +175,14 @@ class Checkpoint:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BoaEdgeError("is missing", where=path, fix="Quantize the model again") from None
-        except yaml.YAMLError as error:
-            raise BoaEdgeError(f"is not valid YAML ({error})", where=path) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            problem = f"is not valid YAML ({' '.join(str(error).split())})"
+            raise BoaEdgeError(problem, where=path, fix="Quantize the model again") from None
+        except OSError as error:
+            raise BoaEdgeError(f"cannot be read ({error.strerror})", where=path) from None
         if not isinstance(document, dict):
-            raise BoaEdgeError("is not a recipe", where=path)
+            problem = "is not a recipe: a mapping of fields is expected"
+            raise BoaEdgeError(problem, where=path, fix="Quantize the model again")
         return document
 
     @cached_property
@@ -184,14 +218,33 @@ class Checkpoint:
         assert isinstance(document, dict)
         return document
 
+    def _read_table_format(self) -> tuple[int, int | None] | None:
+        """Bits and group size of the embedding table; None where it is no codes."""
+        path = self.path / EMBEDDING
+        if not path.exists():
+            return None
+        metadata = self._open(EMBEDDING).metadata() or {}
+        try:
+            return int(metadata["bits"]), int(metadata["group_size"]) or None
+        except (KeyError, ValueError) as error:
+            problem = f"its metadata do not tell bits and group size ({_reason(error)})"
+            raise BoaEdgeError(problem, where=path, fix="Quantize again") from None
+
     @cached_property
     def _embedding(self) -> QuantizedWeight | None:
-        if not (self.path / "embedding.safetensors").exists():
+        if self._table_format is None:
             return None
-        tensors = self._open("embedding.safetensors")
-        metadata = tensors.metadata()
+        path, tensors = self.path / EMBEDDING, self._open(EMBEDDING)
         parts = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-        return unpack(parts, int(metadata["bits"]), int(metadata["group_size"]) or None)
+        try:
+            table = unpack(parts, *self._table_format)
+        except _BROKEN as error:
+            raise BoaEdgeError(f"broken codes ({_reason(error)})", where=path, fix="Quantize again") from None
+        expected = (self.spec.vocab_size, self.spec.hidden_size)
+        if table.shape != expected:
+            problem = f"has codes of shape {list(table.shape)}, and config.json gives it {list(expected)}"
+            raise BoaEdgeError(problem, where=path, fix="Quantize again")
+        return table
 
     def is_quantized(self, module: str) -> bool:
         """Whether `module` holds integer codes. A tied head answers for the embedding table."""
@@ -211,9 +264,9 @@ class Checkpoint:
                 parts = {part: self.tensor(f"{module}.{part}") for part in names}
                 try:
                     return unpack(parts, weights["num_bits"], weights["group_size"])
-                except (KeyError, ValueError) as error:
+                except _BROKEN as error:
                     where = f"{self.path / 'model.safetensors'}: {module}"
-                    raise BoaEdgeError(f"broken codes ({error})", where=where, fix="Quantize again") from None
+                    raise BoaEdgeError(f"broken codes ({_reason(error)})", where=where, fix="Quantize again") from None
         raise KeyError(module)
 
     def has(self, name: str) -> bool:

@@ -46,7 +46,7 @@ def lower(checkpoint: Checkpoint, directory: Path, request: Request) -> Lowered:
     )
     model = directory / MODEL
     lowering = write_decoder(checkpoint, bound, request.activations, metadata(runtime), model)
-    verify(model, runtime, model.stat().st_size)
+    verify(model, runtime, model.stat().st_size, checkpoint)
     write_json(directory / RUNTIME, runtime.model_dump(mode="json"))
     write_json(directory / LOWERING, lowering.document())
     notes = (*_notes(checkpoint, request, len(lowering.float_linears)), f"{lowering.summary()} ({LOWERING} lists all)")

@@ -34,10 +34,14 @@ class Kept:
     @classmethod
     def of(cls, attention: AttentionSpec, lengths: Lengths) -> Kept:
         """The smallest cache that the first of the most tokens of one call still finds its whole window in."""
+        # torch.export takes two tokens for the fewest of a call of several, and concludes that in two slots every call
+        # begins at position 0: there is a third.
+        room = lengths.context if lengths.prefill == 1 else max(lengths.context, 3)
         window = attention.window
         if window is None or window >= lengths.context:
-            return cls(lengths.context, None)
-        return cls(min(lengths.context, window + lengths.prefill - 1), window)
+            return cls(room, None)
+        needed = window + lengths.prefill - 1
+        return cls(needed if needed < lengths.context else room, window)
 
 
 class Sight(nn.Module):

@@ -163,7 +163,11 @@ class Delegate:
         Raises:
             ValueError: XNNPACK has no such weight (`exporters.executorch.lowerable` says why).
         """
-        return self._fully_connected(x, self._codes(weight), bias)
+        held = self._values[x.id].xvalue_union
+        if bias is None or isinstance(held, schema.XNNQuantizedTensorValue):
+            return self._fully_connected(x, self._codes(weight), bias)
+        # Of float32 inputs XNNPACK computes (x codes + bias) scales (measured).
+        return self.add(self._fully_connected(x, self._codes(weight), None), self.constant(bias))
 
     def serialize(self) -> bytes:
         """The delegate as the runtime loads it; the constants' bytes stand elsewhere."""

@@ -111,6 +111,7 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
 
 
 def _check_weights(checkpoint: Checkpoint, config: Path, activations: Activations) -> None:
+    widths = checkpoint.spec.linear_inputs()
     for module, scheme in schemes(checkpoint):
         where = f"{checkpoint.path / 'model.safetensors'}: {module}"
         if not scheme.symmetric and _has_zero_points(checkpoint.quantized(module)):
@@ -118,6 +119,13 @@ def _check_weights(checkpoint: Checkpoint, config: Path, activations: Activation
                 "has zero points, and XNNPACK ignores those of weights without a word",
                 where=where,
                 fix="Quantize with symmetric weights (a recipe without asym)",
+            )
+        width = widths.get(module, checkpoint.spec.hidden_size)
+        if scheme.bits != 8 and width % 2:
+            raise BoaEdgeError(
+                f"{module}: {width} inputs, and XNNPACK takes codes of fewer than 8 bits in pairs",
+                where=config,
+                fix="Quantize with 8-bit weights",
             )
         if scheme.group_size is None:
             continue

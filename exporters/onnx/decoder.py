@@ -21,11 +21,31 @@ from exporters.onnx.kernels import Carrier
 from exporters.onnx.norm import layer_norm, rms_norm
 from exporters.onnx.online import OnlineProducts
 from exporters.onnx.rope import Rotation, rotate
+from toolchain.activations import ActivationFormat, per_block
+from toolchain.activations.plan import ActivationPlan
 from toolchain.checkpoint import Checkpoint
 from toolchain.families import LayerNames
+from toolchain.quantized import QuantizedWeight
 from toolchain.transforms import online_products
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The codes of one linear in the graph.
+
+    Attributes:
+        bits: that they have in the checkpoint.
+        carrier: how they stand in the graph.
+        block: columns of the inputs that share an int8 scale; None where the inputs stay float32.
+        by_graph: the graph rounds the inputs by itself, whatever the session's options.
+    """
+
+    bits: int
+    carrier: Carrier
+    block: int | None
+    by_graph: bool = False
 
 
 @dataclass
@@ -34,14 +54,17 @@ class DecoderBuilder(ABC):
 
     Attributes:
         activations: of the quantized linears but for those that the checkpoint keeps in floating point.
-        linears: how the codes of each quantized linear are carried, by module name; filled while building.
+        linears: the quantized linears by module name; filled while building.
+        table: bits of an embedding table that no head shares, in the checkpoint and in the graph; None where there is
+            none in codes; set while building.
         notes: what the user should know of this graph; filled while building.
     """
 
     g: GraphBuilder
     checkpoint: Checkpoint
     activations: Activations
-    linears: dict[str, Carrier] = field(default_factory=dict)
+    linears: dict[str, Carried] = field(default_factory=dict)
+    table: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
 
     @abstractmethod
@@ -51,6 +74,28 @@ class DecoderBuilder(ABC):
     @abstractmethod
     def linear(self, x: ir.Value, module: str) -> ir.Value:
         """x float32 [batch, sequence, in] -> float32 [batch, sequence, out], bias and all."""
+
+    def carry(self, module: str, weight: QuantizedWeight, carrier: Carrier) -> Carrier:
+        """Note how the codes of `module` stand in the graph."""
+        rounds = carrier.fused and self.precision(module) == "int8"
+        block = per_block.block_size(weight.group_size) if rounds else None
+        self.linears[module] = Carried(weight.bits, carrier, block)
+        return carrier
+
+    @property
+    def own_plan(self) -> ActivationPlan | None:
+        """How the graph rounds inputs of linears whatever the session's options; None where it does not."""
+        return self._plan(by_graph=True)
+
+    @property
+    def plan(self) -> ActivationPlan | None:
+        """How inputs of linears are rounded with the session's options."""
+        return self._plan(by_graph=False)
+
+    def _plan(self, *, by_graph: bool) -> ActivationPlan | None:
+        held = self.linears.items()
+        sizes = {name: each.block for name, each in held if each.block is not None and each.by_graph >= by_graph}
+        return ActivationPlan(ActivationFormat("per_block"), sizes) if sizes else None
 
     @cached_property
     def online(self) -> OnlineProducts:

@@ -172,7 +172,8 @@ class FusedDecoder(DecoderBuilder):
         if len(grids) > 1 or len(ways) > 1 or len(precisions) > 1 or not next(iter(ways)).fused:
             return self.projections(h, names, "q", "k", "v")
         name = f"{names.q.rpartition('.')[0]}.qkv_proj"
-        self.linears.update(dict.fromkeys(modules, *ways))
+        for module, weight in zip(modules, weights, strict=True):
+            self.carry(module, weight, *ways)
         return (self.product(h, name, modules, weights, self.bias(name, modules)),)
 
     def product(
@@ -190,7 +191,7 @@ class FusedDecoder(DecoderBuilder):
             y = float_linear(g, x, module, self.parameter(f"{module}.weight"))
             return y if bias is None else add_bias(g, y, module, bias)
         weight = self.checkpoint.quantized(module)
-        way = self.linears[module] = self.carrier(module, weight)
+        way = self.carry(module, weight, self.carrier(module, weight))
         if way.fused:
             return self.product(x, module, (module,), (weight,), bias)
         y = quantized_linear(g, x, module, store(g, module, weight, way))
@@ -213,10 +214,11 @@ class FusedDecoder(DecoderBuilder):
         if not spec.tied_embeddings:
             # No product is computed with it, so it takes the fewest bits that a byte divides into.
             bits = {3: 4}.get(table.bits, table.bits)
+            self.table = (table.bits, bits)
             return nbits_embedding(g, ids, path, store_nbits(g, module, [table], bits, table=True)), (
                 lambda x: self.linear(x, spec.head)
             )
-        way = self.linears[spec.head] = self.carrier(spec.head, table)
+        way = self.carry(spec.head, table, self.carrier(spec.head, table))
         if not way.fused:
             plain = store(g, spec.head, table, way)
             return tied_embedding(g, ids, module, plain), lambda x: quantized_linear(g, x, spec.head, plain)

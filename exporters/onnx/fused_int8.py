@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from exporters.onnx.decoder import Carried
 from exporters.onnx.fused import FusedDecoder
 from exporters.onnx.graph import scope
 from exporters.onnx.integer import Rows, integer_linear, quantize_rows, store_integer
@@ -42,6 +43,12 @@ class FusedInt8Decoder(FusedDecoder):
         if self._integer(module, weight):
             return Carrier(ir.DataType.UINT8 if weight.bits == 8 else ir.DataType.INT4, fused=True)
         return super().carrier(module, weight)
+
+    def carry(self, module: str, weight: QuantizedWeight, carrier: Carrier) -> Carrier:
+        super().carry(module, weight, carrier)
+        if self._integer(module, weight):
+            self.linears[module] = Carried(weight.bits, carrier, weight.shape[1], by_graph=True)
+        return carrier
 
     def product(
         self, x: ir.Value, name: str, modules: Sequence[str], weights: Sequence[QuantizedWeight], bias: ir.Value | None

@@ -12,6 +12,8 @@ FUSED_GROUPS = (16, 32, 64, 128, 256)
 """Group sizes that become a MatMulNBits kernel; so does one scale per output channel."""
 
 _INT2_GROUPS = (32, 64, 128, None)
+# ONNX Runtime 1.31 turns a matrix of INT2 around when it fuses it, and gets it wrong where rows do not fill bytes.
+_INT2_ROWS = 4
 
 # Level 4 quantizes the inputs of a fused kernel to int8 in blocks; 1 keeps them float32. An unset level means 4.
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
@@ -61,4 +63,20 @@ def carrier(bits: int, group_size: int | None, activations: Activations) -> Carr
         return Carrier(ir.DataType.INT8, fused=activations == "int8")
     if bits == 2 and activations == "int8" and group_size in _INT2_GROUPS:
         return Carrier(ir.DataType.INT2, fused=True)
+    return Carrier(ir.DataType.INT4, fused=True)
+
+
+def dequantized_carrier(bits: int, group_size: int | None, rows: int, activations: Activations) -> Carrier:
+    """The same for codes [in, rows] behind a DequantizeLinear, which the runtime turns around when it fuses them."""
+    chosen = carrier(bits, group_size, activations)
+    if chosen.dtype == ir.DataType.INT2 and rows % _INT2_ROWS:
+        return Carrier(ir.DataType.INT4, fused=True)
+    return chosen
+
+
+def static_carrier(bits: int, group_size: int | None) -> Carrier:
+    """The same behind inputs that a QuantizeLinear rounds: the runtime's product of int8 matrices, which takes their
+    place at 8 bits, knows no groups, and at 2 bits the graph that it makes is invalid."""
+    if bits == 8:
+        return Carrier(ir.DataType.INT8, fused=group_size is None)
     return Carrier(ir.DataType.INT4, fused=True)

@@ -12,12 +12,12 @@ from exporters.onnx.activation import ACTIVATIONS
 from exporters.onnx.kernels import FUSED_GROUPS
 from toolchain.families import DecoderSpec
 
-Place = Literal["weights", "embedding", "activations", "kv_cache", "model"]
+Place = Literal["weights", "embedding", "head", "activations", "kv_cache", "model"]
 """What has to be changed: fields of a recipe, or the model itself."""
 
-Grid = Literal["weights", "embedding"]
+Grid = Literal["weights", "embedding", "head"]
 
-_WORDS: dict[Grid, str] = {"weights": "the linears", "embedding": "the embedding table"}
+_WORDS: dict[Grid, str] = {"weights": "the linears", "embedding": "the embedding table", "head": "the head"}
 _HEAD_MULTIPLE = 8  # GroupQueryAttention's
 
 

@@ -9,15 +9,18 @@ from functools import cached_property
 import onnx_ir as ir
 
 from boa_edge.progress import track
+from exporters.base import Activations
 from exporters.onnx.attention import attend, attention_bias, attention_places
 from exporters.onnx.decoder import FLOAT, INT64, DecoderBuilder
 from exporters.onnx.embedding import float_embedding, quantized_embedding, tied_embedding, tied_float_head
 from exporters.onnx.graph import scope
-from exporters.onnx.kernels import carrier
+from exporters.onnx.kernels import Carrier, carrier, dequantized_carrier, static_carrier
 from exporters.onnx.linears import add_bias, float_linear, quantized_linear, store
 from exporters.onnx.nbits import nbits_linear, store_nbits
 from exporters.onnx.rope import Rotation, rotations, turn_of
 from exporters.onnx.static import StaticActivations, static_plan
+from toolchain.activations.plan import ActivationPlan
+from toolchain.quantized import QuantizedWeight
 
 
 @dataclass
@@ -89,11 +92,10 @@ class QdqDecoder(DecoderBuilder):
         if self.checkpoint.is_quantized(module):
             weight = self.checkpoint.quantized(module)
             activations = self.precision(module)
+            chosen = self.carry(module, weight, self._carrier(module, weight))
             if self.static is not None:
-                # What is spared gets no QuantizeLinear, and no kernel of its own: the session quantizes nothing.
-                x, activations = self.static.at(x, module, scope(module)), self.activations
-            chosen = self.linears[module] = carrier(weight.bits, weight.group_size, activations)
-            if activations != self.activations and chosen.fused:
+                x = self.static.at(x, module, scope(module))
+            if self.static is None and activations != self.activations and chosen.fused:
                 # The precision of a fused DequantizeLinear is the session's, so this one is the fused kernel itself.
                 stored = store_nbits(self.g, module, [weight], chosen.dtype.bitwidth)
                 y = nbits_linear(self.g, x, scope(module), stored, activations)
@@ -104,15 +106,33 @@ class QdqDecoder(DecoderBuilder):
         bias = self.bias(module, (module,))
         return y if bias is None else add_bias(self.g, y, module, bias)
 
+    def _carrier(self, module: str, weight: QuantizedWeight) -> Carrier:
+        if self.static is not None and self.static.plan.applies_to(module):
+            return static_carrier(weight.bits, weight.group_size)
+        return dequantized_carrier(weight.bits, weight.group_size, weight.shape[0], self.precision(module))
+
+    def precision(self, module: str) -> Activations:
+        """With a static plan, the session quantizes nothing."""
+        return super().precision(module) if self.static is None else "float32"
+
+    @property
+    def own_plan(self) -> ActivationPlan | None:
+        return super().own_plan if self.static is None else self.static.plan
+
+    @property
+    def plan(self) -> ActivationPlan | None:
+        return super().plan if self.static is None else self.static.plan
+
     def _embedding(self, ids: ir.Value) -> tuple[ir.Value, Callable[[ir.Value], ir.Value]]:
         """The embedded tokens, and the function that later turns the last hidden state into logits."""
         g, checkpoint, spec = self.g, self.checkpoint, self.checkpoint.spec
         if checkpoint.is_quantized(spec.embedding):
             table = checkpoint.quantized(spec.embedding)
             if not spec.tied_embeddings:
+                self.table = (table.bits, 8)
                 return quantized_embedding(g, ids, spec.embedding, table), lambda x: self.linear(x, spec.head)
             # Gather reads no type below a byte, and the table shall be stored once: 8 bits for both of its uses.
-            chosen = self.linears[spec.head] = carrier(8, table.group_size, self.precision(spec.head))
+            chosen = self.carry(spec.head, table, carrier(8, table.group_size, self.precision(spec.head)))
             stored = store(g, spec.head, table, chosen)
             x = tied_embedding(g, ids, spec.embedding, stored)
             return x, lambda x: quantized_linear(g, x, spec.head, stored)

@@ -14,8 +14,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from boa_edge.errors import BoaEdgeError
-from exporters.bundle import Bundle, Form
+from boa_edge.errors import BoaEdgeError, UsageError
+from exporters.bundle import RUNTIME, Bundle, RuntimeConfig
+from exporters.onnx.settings import check_settings
 
 onnxruntime.disable_telemetry_events()
 
@@ -42,7 +43,11 @@ def session_options(config: Mapping[str, str], threads: int | None = None) -> on
     if threads is not None:
         options.intra_op_num_threads = threads
     for key, value in config.items():
-        options.add_session_config_entry(key, value)
+        try:
+            options.add_session_config_entry(key, value)
+        except Exception as error:  # (the runtime's exceptions share no other base)
+            problem = f"session_config: ONNX Runtime refuses the option {key[:80]!r} ({_line(error)})"
+            raise BoaEdgeError(problem, where=RUNTIME, fix="Export the bundle again") from error
     return options
 
 
@@ -51,8 +56,7 @@ def load(model: Path, options: onnxruntime.SessionOptions) -> onnxruntime.Infere
     try:
         return onnxruntime.InferenceSession(str(model), options, providers=_PROVIDERS)
     except Exception as error:  # (the runtime's exceptions share no other base)
-        text = " ".join(str(error).split())
-        raise BoaEdgeError(f"ONNX Runtime cannot load it ({text})", where=model) from error
+        raise BoaEdgeError(f"ONNX Runtime cannot load it ({_line(error)})", where=model) from error
 
 
 def open_session(bundle: Bundle, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -69,31 +73,32 @@ def open_session(bundle: Bundle, threads: int | None = None) -> onnxruntime.Infe
 class OnnxDecoder:
     """Runs a decoder with the inputs and outputs of docs/contracts.md.
 
+    Args:
+        model: the graph's file, which errors name.
+
     Attributes:
+        runtime: the bundle's settings.
         layers, kv_heads, head_dim: the shape of its cache.
         form: which inputs the graph takes. The `fused` one knows no padding, and takes several tokens after others only
             at batch 1.
+
+    Raises:
+        BoaEdgeError: the settings are not the graph's.
     """
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        form: Form = "qdq",
-    ) -> None:
-        self.session, self.form = session, form
-        self.layers, self.kv_heads, self.head_dim = layers, kv_heads, head_dim
+    def __init__(self, session: onnxruntime.InferenceSession, runtime: RuntimeConfig, model: Path) -> None:
+        self.session, self.runtime, self.form = session, runtime, runtime.form
+        self.layers, self.kv_heads, self.head_dim = runtime.layers, runtime.kv_heads, runtime.head_dim
+        self._model = model
         self._outputs = [output.name for output in session.get_outputs()]
+        check_settings(session, runtime, model)
         kinds = {each.name: each.type for each in session.get_inputs()}
-        self._cache_type: type[Any] = np.int8 if kinds.get("past_key_values.0.key") == "tensor(int8)" else np.float32
+        self._cache_type: type[Any] = np.int8 if kinds["past_key_values.0.key"] == "tensor(int8)" else np.float32
 
     @classmethod
     def open(cls, bundle: Bundle, threads: int | None = None) -> OnnxDecoder:
         """From a checked bundle. Raises what `open_session` raises."""
-        runtime = bundle.runtime
-        return cls(open_session(bundle, threads), runtime.layers, runtime.kv_heads, runtime.head_dim, runtime.form)
+        return cls(open_session(bundle, threads), bundle.runtime, bundle.model)
 
     def empty_cache(self, batch: int) -> dict[str, Cache]:
         """`past_key_values.N.key|value`, float32 or int8 [batch, kv_heads, 0, head_dim]."""
@@ -121,9 +126,15 @@ class OnnxDecoder:
 
         Raises:
             ValueError: padding, in the `fused` form.
+            UsageError: the text is longer than the context.
+            BoaEdgeError: the runtime fails.
         """
         batch, sequence = tokens.shape
         past = cache["past_key_values.0.key"].shape[2]
+        limit = self.runtime.context_length
+        if past + sequence > limit:
+            fix = f"Use shorter sequences (--seq-len), up to {limit}"
+            raise UsageError(f"{past + sequence} tokens; the context holds {limit}", where=self._model, fix=fix)
         if attention_mask is None:
             attention_mask = np.ones((batch, past + sequence), np.int64)
         feed: dict[str, Any] = {
@@ -139,7 +150,11 @@ class OnnxDecoder:
                 raise ValueError("the fused form takes no padding")
             if not last_only:
                 feed[LOGITS_START] = np.asarray([0], np.int64)
-        results = dict(zip(self._outputs, self.session.run(self._outputs, feed), strict=True))
+        try:
+            found = self.session.run(self._outputs, feed)
+        except Exception as error:  # (as above)
+            raise BoaEdgeError(f"ONNX Runtime cannot run it ({_line(error)})", where=self._model) from error
+        results = dict(zip(self._outputs, found, strict=True))
         logits, every = results.pop("logits"), results.pop(ALL_LOGITS, None)
         if every is not None and not last_only:
             logits = every
@@ -159,3 +174,7 @@ class OnnxDecoder:
             generated.append(int(logits[0, -1].argmax()))
             tokens = np.asarray([[generated[-1]]], dtype=np.int64)
         return generated
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 import exporters.onnx
 from boa_edge.errors import BoaEdgeError, UsageError
 from boa_edge.files import sha256_file, write_json
-from exporters import Bundle, export
+from exporters import Bundle, export, open_decoder
 from exporters.onnx.session import open_session
+from exporters.signing import verify
+from runtime_tests.facts import open_bundle
 from tests.exporters.conftest import Tiny
 
 MakeTiny = Callable[..., Tiny]
@@ -158,6 +161,86 @@ def test_runtime_settings_are_checked(bundle: Path) -> None:
         open_session(opened(runtime="executorch"))
 
 
+def listed(bundle: Path, name: str) -> None:
+    """Have the manifest say what `name` is now."""
+    path = bundle / name
+    entry = {"size": path.stat().st_size, "sha256": sha256_file(path), "role": "runtime"}
+    rewrite(bundle / "manifest.json", lambda document: document["files"].update({name: entry}))
+
+
+@pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json", "reference/provenance.json"])
+def test_what_the_manifest_no_longer_lists(name: str, bundle: Path) -> None:
+    rewrite(bundle / "manifest.json", lambda document: document["files"].pop(name))
+    for opened in (Bundle.open, verify, open_bundle):
+        with pytest.raises(BoaEdgeError, match=rf"{name}: is not in manifest\.json.*Remove it"):
+            opened(bundle)
+
+
+def test_strangers(bundle: Path) -> None:
+    for name, make in (
+        ("more.json", lambda path: path.write_text("{}")),
+        ("link", lambda path: path.symlink_to("/etc", target_is_directory=True)),
+        ("pipe", os.mkfifo),
+    ):
+        make(bundle / name)
+        with pytest.raises(BoaEdgeError, match=rf"{name}: is not in manifest\.json"):
+            Bundle.open(bundle)
+        (bundle / name).unlink()
+    (bundle / "empty").mkdir()
+    Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300, "\ud800"])
+def test_names_that_no_file_has(name: str, bundle: Path) -> None:
+    entry = {"size": 0, "sha256": "0" * 64, "role": "runtime"}
+    path = bundle / "manifest.json"
+    document = json.loads(path.read_text())
+    document["files"][name] = entry
+    path.write_text(json.dumps(document))
+    with pytest.raises(BoaEdgeError, match=r"manifest\.json: lists .*, which is no file's name \("):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "runtime.json"])
+def test_documents_that_are_nested_too_deeply(name: str, bundle: Path) -> None:
+    (bundle / name).write_text("[" * 100_000)
+    if name != "manifest.json":
+        listed(bundle, name)
+    with pytest.raises(BoaEdgeError, match=rf"{name}: .*nested too deeply"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(("field", "value"), [("layers", 3), ("form", "fused"), ("vocab_size", 10)])
+def test_settings_that_contradict_the_graph(field: str, value: Any, bundle: Path) -> None:
+    rewrite(bundle / "runtime.json", lambda document: document.update({field: value}))
+    listed(bundle, "runtime.json")
+    with pytest.raises(BoaEdgeError, match=rf"runtime\.json: {field} is '?{value}'?, but model\.onnx has"):
+        open_decoder(Bundle.open(bundle))
+
+
+def test_an_option_without_a_name(bundle: Path) -> None:
+    rewrite(bundle / "runtime.json", lambda document: document["session_config"].update({"": "x"}))
+    listed(bundle, "runtime.json")
+    with pytest.raises(BoaEdgeError, match=r"runtime\.json: session_config: an option has no name"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"eos_token_id": "</s>"}, "eos_token_id: is '</s>'; accepted: .*number"),
+        ({"eos_token_id": [2, None]}, "eos_token_id: is .*accepted: "),
+        ({"bos_token_id": "<s>"}, "bos_token_id: is '<s>'; accepted: "),
+        ([1], "is not a mapping"),
+    ],
+)
+def test_token_ids_that_are_none(settings: Any, says: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    tiny = make_tiny(num_hidden_layers=1)
+    write_json(tiny.path / "generation_config.json", settings)
+    with pytest.raises(BoaEdgeError, match=rf"generation_config\.json: {says}"):
+        export(tiny.path, "onnx", tmp_path / "bundle")
+
+
 def test_usage_errors(make_tiny: MakeTiny, bundle: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(UsageError, match=r"unknown runtime 'onyx'.*Did you mean 'onnx'\? Known: executorch, onnx"):
@@ -199,6 +282,6 @@ def test_weights_that_are_not_finite(make_tiny: MakeTiny, tmp_path: Path) -> Non
     tensors = load_file(tiny.path / "model.safetensors")
     tensors["model.norm.weight"][3] = np.nan
     save_file(tensors, tiny.path / "model.safetensors")
-    with pytest.raises(BoaEdgeError, match=r"not finite.*quantize again"):
+    with pytest.raises(BoaEdgeError, match=r"checkpoint: the model\.onnx made of it: .*not finite.*quantize again"):
         export(tiny.path, "onnx", tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

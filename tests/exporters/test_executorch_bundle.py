@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 from executorch.runtime import Runtime
 from safetensors.torch import load_file, save_file
@@ -24,7 +26,7 @@ from exporters.executorch.session import ExecutorchDecoder
 from runtime_tests.evaluate import evaluate
 from tests.conftest import make_model, tiny_config
 from tests.exporters.conftest import Tiny
-from tests.exporters.test_executorch import RECIPE, check_logits, modules_of, plan_of
+from tests.exporters.test_executorch import RECIPE, TIES, check_logits, modules_of, plan_of, simulated
 from tests.toolchain.families import CONFIGS, make
 from toolchain.activations import ActivationFormat
 from toolchain.activations.plan import ActivationPlan
@@ -245,6 +247,30 @@ def test_one_token_at_a_time(make_tiny: MakeTiny, tmp_path: Path) -> None:
     decoder.step([1], 0)
     with pytest.raises(ValueError, match="position 3 after 1"):
         decoder.step([1], 3)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("window", [None, 1])
+def test_short_contexts(
+    window: int | None, lengths: tuple[int, int], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens at once into a cache of two: the second call began at position 0, whatever it was told."""
+    context, prefill = lengths
+    config = CONFIGS["gemma3" if window else "llama"]()
+    if window:
+        config.sliding_window = window
+    monkeypatch.setitem(CONFIGS, "gemma-short" if window else "short", lambda: config)
+    model = make(tmp_path / "model", "gemma-short" if window else "short")
+    recipe = parse_recipe(RECIPE, "test")
+    quantize(str(model), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
+    export(tmp_path / "checkpoint", "executorch", tmp_path / "bundle", context_length=context, prefill_length=prefill)
+    decoder = ExecutorchDecoder.open(Bundle.open(tmp_path / "bundle"))
+    tokens = torch.tensor([[5, 9, 7][:context]])
+    expected = simulated(tmp_path / "checkpoint", tokens)
+    row = tokens[0].tolist()
+    found = [decoder.logits(tokens.numpy())[0], np.stack([decoder.prefill(row[: end + 1]) for end in range(context)])]
+    for logits in found:
+        assert np.abs(logits - expected).max() < TIES * np.abs(expected).max()
 
 
 def test_broken_checkpoints_and_programs(make_tiny: MakeTiny, tmp_path: Path) -> None:

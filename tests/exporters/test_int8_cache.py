@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from boa_edge.errors import BoaEdgeError
@@ -50,6 +51,8 @@ def test_logits_of_the_simulation(family: str, form: str, text_file: Path, tmp_p
     # Up to a code here and there that lies on a tie; so compared with what another cache does.
     plan = read_json(checkpoint / "kv_cache.json", "the plan")
     (checkpoint / "kv_cache.json").unlink()
+    recipe = (checkpoint / "recipe.yaml").read_text()
+    (checkpoint / "recipe.yaml").write_text(yaml.safe_dump({**yaml.safe_load(recipe), "kv_cache": None}))
     others = [exported(checkpoint, form, tmp_path / "float").logits(tokens)[0]]
     smaller = {
         name: [[0.9 * scale for scale in each] for each in plan[name]] for name in ("key_scales", "value_scales")

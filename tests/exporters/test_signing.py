@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from boa_edge.errors import BoaEdgeError
-from exporters.bundle import RuntimeConfig, write_manifest
+from exporters.bundle import Bundle, RuntimeConfig, write_manifest
+from exporters.signature import Signature, has_small_order, text
 from exporters.signing import sign, verify
+from runtime_tests.facts import open_bundle
 
 
 @pytest.fixture
@@ -115,6 +117,89 @@ def test_asking_for_a_signature_where_there_is_none(bundle: Path, tmp_path: Path
 def test_a_signature_that_is_garbage_is_one_line(bundle: Path, content: str) -> None:
     (bundle / "manifest.sig").write_text(content)
     with pytest.raises(BoaEdgeError, match=r"manifest\.sig"):
+        verify(bundle)
+
+
+def test_a_signature_that_is_no_file(bundle: Path, tmp_path: Path) -> None:
+    private, _ = keys(tmp_path, "own")
+    where = bundle / "manifest.sig"
+    where.mkdir()
+    with pytest.raises(BoaEdgeError, match=r"manifest\.sig: is no file"):
+        verify(bundle)
+    with pytest.raises(BoaEdgeError, match=r"manifest\.sig: is a directory"):
+        sign(bundle, private)
+    where.rmdir()
+    where.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BoaEdgeError, match=r"manifest\.sig: is no file"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "stale"])
+def test_whoever_opens_a_bundle_checks_its_signature(bundle: Path, tmp_path: Path, content: str) -> None:
+    private, _ = keys(tmp_path, "own")
+    sign(bundle, private)
+    Bundle.open(bundle)
+    if content == "stale":
+        (bundle / "reference" / "recipe.yaml").write_text("method: rtn\n")
+        write_manifest(bundle, {"method": "rtn"})
+    else:
+        (bundle / "manifest.sig").write_text(content)
+    for opened in (Bundle.open, open_bundle):
+        with pytest.raises(BoaEdgeError, match=r"manifest\.sig"):
+            opened(bundle)
+    sign(bundle, private)  # anew
+    assert Bundle.open(bundle).signer is not None
+
+
+def test_nothing_is_signed_that_is_not_verified_afterwards(bundle: Path, tmp_path: Path) -> None:
+    private, _ = keys(tmp_path, "own")
+    (bundle / "extra.bin").write_bytes(b"x")
+    with pytest.raises(BoaEdgeError, match=r"extra\.bin: is not in manifest\.json"):
+        sign(bundle, private)
+    assert not (bundle / "manifest.sig").exists()
+
+
+def spellings_of_small_order() -> list[bytes]:
+    """Found by arithmetic on the curve, apart from the program's table: all points of order 1, 2, 4 and 8."""
+    p = 2**255 - 19
+    d = -121665 * pow(121666, -1, p) % p
+
+    def add(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+        t = d * a[0] * b[0] * a[1] * b[1]
+        x = (a[0] * b[1] + b[0] * a[1]) * pow(1 + t, -1, p) % p
+        return x, (a[1] * b[1] + a[0] * b[0]) * pow(1 - t, -1, p) % p
+
+    def point(y: int) -> tuple[int, int] | None:
+        square = (y * y - 1) * pow(d * y * y + 1, -1, p) % p
+        x = pow(square, (p + 3) // 8, p)
+        x = x if x * x % p == square else x * pow(2, (p - 1) // 4, p) % p
+        return (x, y) if x * x % p == square else None
+
+    order, found = 2**252 + 27742317777372353535851937790883648493, set()
+    for y in range(2, 60):
+        start, total = point(y), (0, 1)
+        if start is None:
+            continue
+        power = start
+        for bit in range(order.bit_length()):  # times the large prime: what is left has a small order
+            total = add(total, power) if order >> bit & 1 else total
+            power = add(power, power)
+        found.add(total)
+    assert len(found) >= 4  # (y alone tells x up to its sign)
+    ys = {y for _, y in found}
+    raw = [y + more for y in ys for more in (0, p) if y + more < 2**255]
+    return [(y | sign << 255).to_bytes(32, "little") for y in raw for sign in (0, 1)]
+
+
+def test_keys_by_which_anyone_signs_are_refused(bundle: Path) -> None:
+    for public in spellings_of_small_order():
+        assert has_small_order(public)
+    assert not has_small_order(ed25519.Ed25519PrivateKey.generate().public_key().public_bytes_raw())
+    # The neutral element signs everything with the same 64 bytes.
+    neutral = b"\1" + bytes(31)
+    document = Signature(public_key=text(neutral), signature=text(neutral + bytes(32)))
+    (bundle / "manifest.sig").write_text(document.model_dump_json())
+    with pytest.raises(BoaEdgeError, match=r"manifest\.sig: the public key has a small order"):
         verify(bundle)
 
 

@@ -339,6 +339,10 @@ REFUSED = {
         "do_layer_norm_before: norms stand after the sublayers",
     ),
     "opt-projected": ({"model_type": "opt", "hidden_size": 64, "word_embed_proj_dim": 32}, "are projected to 64"),
+    "opt-bare-norms": (
+        {"model_type": "opt", "layer_norm_elementwise_affine": False},
+        "layer_norm_elementwise_affine: is false: the norms have no weights",
+    ),
     "activation": ({**BASE, "model_type": "qwen3", "hidden_act": "gelu"}, "activation 'gelu'"),
     "partial": (
         {**BASE, "model_type": "llama", "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

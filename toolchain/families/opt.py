@@ -18,6 +18,10 @@ def _describe(config: Mapping[str, Any]) -> DecoderSpec:
     if not hf.do_layer_norm_before or hf._remove_final_layer_norm:
         where = f"config.json: {'do_layer_norm_before' if not hf.do_layer_norm_before else '_remove_final_layer_norm'}"
         raise BoaEdgeError("norms stand after the sublayers, or the last one is missing", where=where, fix=fix)
+    if not hf.layer_norm_elementwise_affine:
+        problem = "is false: the norms have no weights, for which there is no export"
+        fix = "Accepted: true, with weights of 1 and biases of 0 saved in the norms, which is the same model"
+        raise BoaEdgeError(problem, where="config.json: layer_norm_elementwise_affine", fix=fix)
     if hf.word_embed_proj_dim != hf.hidden_size:
         problem = f"embeddings of {hf.word_embed_proj_dim} are projected to {hf.hidden_size}"
         raise BoaEdgeError(problem, where="config.json: word_embed_proj_dim", fix=fix)
