@@ -43,6 +43,7 @@ from toolchain.transforms import online_products, to_record, transforms_of
 _PROMPT = "The capital of France is"
 _REFERENCE_TOKENS = 96
 _GREEDY_TOKENS = 32
+_STREAMED_GREEDY_TOKENS = 8  # for each of which a model whose blocks are on disk reads them all
 _RECORDED = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy", "numba", "gguf")
 _GROUP_SIZES = (16, 32, 64, 128, 192, 256)
 
@@ -359,12 +360,13 @@ def _reference(prepared: Prepared, text: Calibration, own: _Scored) -> dict[str,
     fake = FakeQuantized(source.model, source.spec, own.quantized.weights, own.activations, prepared.cache)
     tokens = text.held_out[0, :_REFERENCE_TOKENS]
     prompt = torch.tensor(source.tokenizer(_PROMPT)["input_ids"], dtype=torch.int64)
+    greedy = _GREEDY_TOKENS if streamed_blocks(source.model) is None else _STREAMED_GREEDY_TOKENS
     with torch.inference_mode():
         return {
             "tokens": tokens.clone(),
             "original_logits": original.logits(tokens[None])[0].to(torch.float16),
             "quantized_logits": fake.logits(tokens[None])[0].contiguous(),
             "prompt": prompt,
-            "original_greedy": original.greedy(prompt, _GREEDY_TOKENS),
-            "quantized_greedy": fake.greedy(prompt, _GREEDY_TOKENS),
+            "original_greedy": original.greedy(prompt, greedy),
+            "quantized_greedy": fake.greedy(prompt, greedy),
         }

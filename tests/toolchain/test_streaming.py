@@ -76,7 +76,8 @@ def test_streamed_and_resident_models_get_the_same_codes(
     assert streamed.original_perplexity == pytest.approx(whole.original_perplexity, rel=1e-5)
     references = [load_file(tmp_path / name / "reference.safetensors") for name in ("whole", "streamed")]
     assert torch.allclose(references[0]["quantized_logits"], references[1]["quantized_logits"], atol=1e-4)
-    assert torch.equal(references[0]["quantized_greedy"], references[1]["quantized_greedy"])
+    for name in ("original_greedy", "quantized_greedy"):
+        assert torch.equal(references[0][name][:8], references[1][name])
     blocks = load_source(str(sharded)).model.model.layers
     assert 0 < max(live) <= max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
     assert list((tmp_path / "spill").iterdir()) == [] if method != "rtn" else True
