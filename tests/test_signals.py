@@ -17,7 +17,11 @@ from tests.test_cli import call
 ROOT = Path(__file__).parents[1]
 # The program of a device in place of the list of devices.
 COMMAND = """
-import os, sys
+import os, signal, sys
+# Whoever runs the tests may ignore some of them (`nohup`, `&`), and children inherit that.
+for each in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(each, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from boa_edge import cli
 import devices
 from devices.process import run_lines
