@@ -21,6 +21,7 @@ from toolchain.entry import decoder_layers
 from toolchain.families import LayerNames
 from toolchain.loading import SourceModel
 from toolchain.loading.streamed import streamed_blocks
+from toolchain.memory import give_back
 from toolchain.options import Options
 from toolchain.quantized import SUPPORTED_BITS, QuantizedWeight, stack_rows
 from toolchain.recipe import Recipe
@@ -109,6 +110,7 @@ def quantize_model(
             else:
                 kept.finish(index, done[0])
             layers |= done[1]
+            give_back()
     if kept is None:
         return QuantizedModel(weights | tables, layers)
     kept.add(tables)
