@@ -219,12 +219,11 @@ def _computing(
         def change(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             if r1 is None:
                 return quantized(reader, output)
-            weight = output.new_ones(output.shape[-1]) if gain is None else gain
             plain = output if bias is None else output - bias
             # A weight of 0 lets nothing through: what stands before it does not matter.
-            plain = plain / torch.where(weight == 0, torch.ones_like(weight), weight)
+            plain = plain / torch.where(gain == 0, torch.ones_like(gain), gain)
             turn = r1.to(output)
-            back = quantized(reader, plain @ turn) @ turn.mT * weight
+            back = quantized(reader, plain @ turn) @ turn.mT * gain
             return back if bias is None else back + bias
 
         handles.append(model.get_submodule(norm).register_forward_hook(change))

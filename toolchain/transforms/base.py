@@ -12,7 +12,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from boa_edge.errors import BoaEdgeError
 from toolchain.families import DecoderSpec, Part
 from toolchain.transforms.fields import Fields
 from toolchain.transforms.product import OnlineProduct
@@ -142,10 +141,10 @@ def change_rows(parameters: dict[str, Tensor], part: Part, change: Callable[[Ten
         parameters[name] = tensor
 
 
-def norm_gain(spec: DecoderSpec, parameters: Parameters, norm: str) -> Tensor | None:
-    """What a norm multiplies with, [n]; None where it has no weight."""
-    weight = parameters.get(f"{norm}.weight")
-    return weight if weight is None or spec.norm != "rms_offset" else 1 + weight
+def norm_gain(spec: DecoderSpec, parameters: Parameters, norm: str) -> Tensor:
+    """What a norm multiplies with, [n]."""
+    weight = parameters[f"{norm}.weight"]
+    return 1 + weight if spec.norm == "rms_offset" else weight
 
 
 def set_norm_gain(spec: DecoderSpec, parameters: dict[str, Tensor], norm: str, gain: Tensor) -> None:
@@ -154,14 +153,7 @@ def set_norm_gain(spec: DecoderSpec, parameters: dict[str, Tensor], norm: str, g
 
 
 def scale_norm(spec: DecoderSpec, parameters: dict[str, Tensor], norm: str, scale: Tensor) -> None:
-    """Have a norm put out `scale` [n] times what it did.
-
-    Raises:
-        BoaEdgeError: it has no weight.
-    """
-    gain = norm_gain(spec, parameters, norm)
-    if gain is None:
-        raise BoaEdgeError("the norm has no weight that could take up a scale", where=norm)
-    set_norm_gain(spec, parameters, norm, gain * scale)
+    """Have a norm put out `scale` [n] times what it did."""
+    set_norm_gain(spec, parameters, norm, norm_gain(spec, parameters, norm) * scale)
     if f"{norm}.bias" in parameters:
         parameters[f"{norm}.bias"] = parameters[f"{norm}.bias"] * scale

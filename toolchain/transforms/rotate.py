@@ -184,12 +184,10 @@ def _absorb(spec: DecoderSpec, held: dict[str, Tensor], norm: str, modules: Iter
                 held[f"{module}.bias"] = held[f"{module}.bias"] + held[f"{module}.weight"] @ bias
             held[f"{norm}.bias"] = torch.zeros_like(bias)
         else:
-            lifted = bias if gain is None else torch.where(bias == 0, bias, bias / gain)
+            lifted = torch.where(bias == 0, bias, bias / gain)
             if not bool(torch.isfinite(lifted).all()):
                 raise BoaEdgeError("a weight of zero stands beside a bias that is not", where=norm)
             held[f"{norm}.bias"] = lifted @ rotation
     for module in modules:
-        weight = held[f"{module}.weight"]
-        held[f"{module}.weight"] = (weight if gain is None else weight * gain) @ rotation
-    if gain is not None:
-        set_norm_gain(spec, held, norm, torch.ones_like(gain))
+        held[f"{module}.weight"] = (held[f"{module}.weight"] * gain) @ rotation
+    set_norm_gain(spec, held, norm, torch.ones_like(gain))
