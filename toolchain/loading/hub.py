@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import httpx2
@@ -11,6 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
+from toolchain.loading.huggingface import find_shards
 from toolchain.loading.papers import PATTERNS
 
 # One of these a tokenizer has.
@@ -53,12 +53,8 @@ def _is_whole(snapshot: Path) -> bool:
     """Whether a model can be loaded from what is in the cache: a download may have been stopped, and other programs
     fetch a configuration or a tokenizer alone.
     """
-    index = snapshot / "model.safetensors.index.json"
-    weights = [snapshot / "model.safetensors"]
-    if index.exists():
-        try:
-            table = json.loads(index.read_text(encoding="utf-8"))
-            weights = [snapshot / name for name in set(table["weight_map"].values())]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-    return all(file.exists() for file in weights) and any((snapshot / name).exists() for name in _TOKENIZERS)
+    try:
+        find_shards(snapshot)
+    except BoaEdgeError:
+        return False
+    return any((snapshot / name).exists() for name in _TOKENIZERS)

@@ -61,7 +61,7 @@ def load_directory(directory: Path, identity: str, stream: bool | None = False) 
         raise BoaEdgeError("the model is quantized already", where=directory / "config.json", fix=fix)
     settings = directory / "generation_config.json"
     generation = _mapping(settings, "the generation settings") if settings.exists() else {}
-    shards = _shards(directory)
+    shards = find_shards(directory)
     for shard in shards:
         _check_safetensors(shard)
     check_head(directory, shards, spec)
@@ -100,7 +100,8 @@ def load_tokenizer(directory: Path) -> Any:
         raise BoaEdgeError(f"no usable tokenizer ({reason})", where=directory, fix=fix) from None
 
 
-def _shards(directory: Path) -> list[Path]:
+def find_shards(directory: Path) -> list[Path]:
+    """The files of a directory's weights. BoaEdgeError where one is missing, or there are only pickles."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         table = read_json(index, "the shard index")
