@@ -43,14 +43,6 @@ class _Commands(TyperGroup):
             raise _InterruptedError(interrupt, fix=kept if ctx.invoked_subcommand in _RESUMED else None) from None
 
 
-def _named(value: str | None) -> str | None:
-    """An empty name would be read as the current directory."""
-    if value is not None and not value.strip():
-        fix = "Name `default`, a model directory, a .gguf file or a hub id; `.` is the current directory"
-        raise UsageError("the model's name is empty", fix=fix)
-    return value
-
-
 app = typer.Typer(
     name="boa-edge",
     cls=_Commands,
@@ -62,9 +54,7 @@ app = typer.Typer(
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", callback=_named, help="`default`, a Hugging Face directory, a hub id, or a .gguf file."
-    ),
+    typer.Argument(metavar="MODEL", help="`default`, a Hugging Face directory, a hub id, or a .gguf file."),
 ]
 RecipeOption = Annotated[
     str,
@@ -221,11 +211,9 @@ def measure(
 
 @app.command()
 def evaluate(
-    subject: Annotated[str, typer.Argument(metavar="MODEL|CKPT|BUNDLE", callback=_named, help="Any stage's output.")],
+    subject: Annotated[str, typer.Argument(metavar="MODEL|CKPT|BUNDLE", help="Any stage's output.")],
     text: Annotated[Path, typer.Option("--text", help="A UTF-8 text file that calibrated nobody.")],
-    reference: Annotated[
-        str | None, typer.Option("--reference", callback=_named, help="A model to measure the KL against.")
-    ] = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="A model to measure the KL against.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text to read at most.")] = 24576,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 512,
 ) -> None:
@@ -317,7 +305,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", "--out", help="Default: out/<model>-<recipe>.")
     ] = None,
-    model: Annotated[str, typer.Option("--model", callback=_named, help="As for `quantize`.")] = "default",
+    model: Annotated[str, typer.Option("--model", help="As for `quantize`.")] = "default",
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="As for `quantize`. Default: activations as the runtime has them."),
@@ -356,7 +344,7 @@ def run(
 
 
 def _names(value: str) -> tuple[str, ...]:
-    parts = () if value in ("", "none") else (part.strip() for part in value.split(","))
+    parts = () if value == "none" else (part.strip() for part in value.split(","))
     return tuple(dict.fromkeys(filter(None, parts)))
 
 
@@ -381,6 +369,15 @@ def _options(
     _state["debug"] = debug
 
 
+def _refuse_empty(arguments: list[str]) -> None:
+    """Nothing asks for an empty argument; as a path, a model or a condition it would say something nobody meant."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option = argument.removesuffix("=") if argument.startswith("--") and argument.endswith("=") else before
+        if not argument.strip() or option != before:
+            where = option if option.startswith("-") else None
+            raise UsageError("an argument is empty", where=where, fix="Is a variable not set? Give a value")
+
+
 _state = {"debug": False}
 _LONGEST = 4000
 
@@ -391,6 +388,7 @@ def main() -> None:
     try:
         # Said once and in words where torchrun's variables are wrong. It ends its processes itself, at once.
         with as_interrupts() if launched_rank() is None else nullcontext():
+            _refuse_empty(sys.argv[1:])
             app()
     except BoaEdgeError as error:
         _fail(str(error), error.exit_code)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 from boa_edge.errors import BoaEdgeError, UsageError
 
 _CHUNK = 1 << 20
+_NEW = 60.0  # seconds within which a temporary directory may not be held yet
 # What a directory is known by that `quantize`, `export`, `measure` or a benchmark has made: a file, and fields in it.
 _MARKS = {
     "provenance.json": ("created_by", "source", "recipe"),
@@ -155,18 +159,21 @@ def output_directory(
 ) -> Iterator[Path]:
     """Yield a temporary directory beside `target` that becomes `target` when the block succeeds.
 
-    On any failure nothing is left behind. The arguments and errors are those of `check_output`.
+    On any failure nothing is left behind, and what a run that was killed has left is removed. The arguments and errors
+    are those of `check_output`.
     """
     place = check_output(target, overwrite=overwrite, inputs=inputs)
     with disk_errors(target):
         place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(place)
         temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     try:
-        with disk_errors(target):
+        with disk_errors(target), _held(temporary):
             yield temporary
             _open_to_readers(temporary)
             if place.exists():
-                retired = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent)) / "old"
+                # Not as `partial`: what was there before is not for another run to remove.
+                retired = Path(tempfile.mkdtemp(prefix=f".{place.name}.replaced-", dir=place.parent)) / "old"
                 place.rename(retired)
                 temporary.rename(place)
                 shutil.rmtree(retired.parent, ignore_errors=True)
@@ -174,6 +181,34 @@ def output_directory(
                 temporary.rename(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[bool]:
+    """Inside, this process holds a directory, wherever it is moved to; False where another one does.
+
+    The hold ends with the process, however that ends.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove what runs to the same place have left that were killed."""
+    for path in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and time.time() - path.stat().st_mtime > _NEW:
+                with _held(path) as is_free:
+                    if is_free:
+                        shutil.rmtree(path, ignore_errors=True)
 
 
 def _holds(directory: Path, path: Path) -> bool:

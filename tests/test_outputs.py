@@ -121,3 +121,23 @@ def test_a_link_is_followed(tmp_path: Path, there: bool) -> None:
     assert (tmp_path / "link").is_symlink()
     assert os.listdir(disk) == ["provenance.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_what_a_killed_run_left_is_removed_and_a_running_ones_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "out[1]"
+
+    def aged(path: Path) -> Path:
+        path.mkdir(exist_ok=True)
+        os.utime(path, (0, 0))
+        return path
+
+    abandoned, other = aged(tmp_path / ".out[1].partial-x"), aged(tmp_path / ".out1.partial-x")
+    new = tmp_path / ".out[1].partial-new"
+    new.mkdir()
+    with output_directory(target) as running:
+        (running / "file").write_text("x")
+        aged(running)
+        make(target)
+        assert [path.exists() for path in (abandoned, other, new, running, target)] == [False, True, True, True, True]
+        aged(running)  # the run to the same place ends first; this one would replace an output that is there
+    assert {path.name for path in tmp_path.iterdir()} == {"out[1]", ".out1.partial-x", ".out[1].partial-new"}

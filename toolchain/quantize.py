@@ -145,7 +145,8 @@ def quantize(
     text = distributed.from_main(
         lambda: load_calibration(calibration, source, chosen.calibration, chosen.seed, kept_text(target))
     )
-    others = [chosen.with_method(method) for method in dict.fromkeys(compare) if method != chosen.method]
+    compared = [chosen.with_method(method) for method in dict.fromkeys(compare)]
+    others = [each for each in compared if each.solved_by != chosen.solved_by]
     prepared = prepare(source, chosen, text.sequences)
     unfinished = [_resume_file(target, prepared, each, text, place) for each in (*others, chosen)]
     keep = Spill(spill, place)
@@ -207,7 +208,7 @@ def _resume_file(
         "number of processes": distributed.world_size(),
         "versions": _versions(),
     }
-    return ResumeFile(output, recipe.method, identity)
+    return ResumeFile(output, recipe.solved_by, identity)
 
 
 @dataclass(frozen=True)

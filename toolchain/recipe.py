@@ -243,7 +243,12 @@ class Recipe(_Frozen):
         bits = self.weights.bits if budget is None else f"mix{budget:.10g}mb"
         a8 = "" if self.activations is None else f"a8{_ACTIVATION_LETTERS[self.activations.scheme]}"
         kv8 = "" if self.kv_cache is None else f"kv8{_CACHE_LETTERS[self.kv_cache.scheme]}"
-        return "-".join([f"w{bits}{group}{asym}{a8}{kv8}", self.method, *self.transforms])
+        return "-".join([f"w{bits}{group}{asym}{a8}{kv8}", self.solved_by, *self.transforms])
+
+    @property
+    def solved_by(self) -> str:
+        """The method, and where the solver is not as the method has it, a mark that says so."""
+        return self.method if self.solver is None else f"{self.method}+solver"
 
     def with_method(self, method: str) -> Recipe:
         """The same formats by another method, with its own options and, where none was chosen, its own grid search."""

@@ -198,6 +198,16 @@ def test_provenance_names_source_calibration_and_losses(tiny_model: Path, text_f
     assert load_recipe(str(tmp_path / "ckpt" / "recipe.yaml")) == recipe()
 
 
+def test_a_method_is_compared_with_itself_changed(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    """Both keep their finished blocks, and the rows of the report can be told apart."""
+    changed = parse_recipe({**recipe().model_dump(), "solver": {"refits": 1}}, "test")
+    quantize(str(tiny_model), tmp_path / "ckpt", recipe=changed, calibration=str(text_file), compare=("boa",))
+    rows = json.loads((tmp_path / "ckpt" / "provenance.json").read_text())["comparison"]
+    assert [row["recipe"] for row in rows] == ["w4g32-boa", "w4g32-boa+solver"]
+    assert rows[0]["kl"] != rows[1]["kl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
 def test_mistral_and_rope_scaling_and_biases_are_served(tmp_path: Path, text_file: Path) -> None:
     scaling = {
         "rope_type": "llama3",

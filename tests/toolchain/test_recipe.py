@@ -57,6 +57,14 @@ def test_the_effective_recipe_leaves_nothing_to_the_method(method: str, solver: 
         )
 
 
+def test_the_name_says_that_the_solver_is_not_the_methods_own() -> None:
+    def named(solver: dict[str, object] | None) -> str:
+        return parse_recipe({"method": "edge", "weights": {"bits": 4}, "solver": solver}, "test").name
+
+    assert named(None) == named(METHODS["edge"].options.model_dump()) == "w4-edge"
+    assert named({"sweeps": 0}) == "w4-edge+solver"
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
