@@ -13,6 +13,7 @@ from tests.conftest import make_model, tiny_config
 from tests.toolchain.families import CONFIGS, make
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source
+from toolchain.loading.shards import stored_tensors
 from toolchain.loading.streamed import StreamedBlocks, is_large, streamed_blocks
 from toolchain.quantize import quantize
 from toolchain.recipe import Recipe, parse_recipe
@@ -144,7 +145,7 @@ def test_finished_blocks_are_read_back_module_by_module_where_projections_share_
 
 
 def test_a_tiny_model_is_not_large(tiny_model: Path) -> None:
-    assert not is_large([tiny_model / "model.safetensors"])
+    assert not is_large(stored_tensors([tiny_model / "model.safetensors"]))
     assert streamed_blocks(load_source(str(tiny_model), stream=None).model) is None
 
 

@@ -10,8 +10,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
-from toolchain.loading.huggingface import find_shards
 from toolchain.loading.papers import PATTERNS
+from toolchain.loading.shards import find_shards
 
 # One of these a tokenizer has.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from boa_edge.errors import BoaEdgeError
@@ -16,6 +17,7 @@ from boa_edge.files import read_json, sha256_file
 from boa_edge.progress import say
 from toolchain.families import describe
 from toolchain.loading.papers import find_papers
+from toolchain.loading.shards import Stored, find_shards, stored_tensors
 from toolchain.loading.sound import check_head, check_model
 from toolchain.loading.source import SourceModel
 from toolchain.loading.streamed import is_large, load_streamed
@@ -32,7 +34,6 @@ _UNFIT = (
     ArithmeticError,
     StrictDataclassError,
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_directory(directory: Path, identity: str, stream: bool | None = False) -> SourceModel:
@@ -62,10 +63,9 @@ def load_directory(directory: Path, identity: str, stream: bool | None = False) 
     settings = directory / "generation_config.json"
     generation = _mapping(settings, "the generation settings") if settings.exists() else {}
     shards = find_shards(directory)
-    for shard in shards:
-        _check_safetensors(shard)
-    check_head(directory, shards, spec)
-    model = _open_model(directory, shards) if stream or (stream is None and is_large(shards)) else None
+    stored = stored_tensors(shards)
+    check_head(directory, stored, spec)
+    model = _open_model(directory, stored) if stream or (stream is None and is_large(stored)) else None
     model = _load_model(directory) if model is None else model
     check_model(model, directory)
     tokenizer = load_tokenizer(directory)
@@ -100,41 +100,9 @@ def load_tokenizer(directory: Path) -> Any:
         raise BoaEdgeError(f"no usable tokenizer ({reason})", where=directory, fix=fix) from None
 
 
-def find_shards(directory: Path) -> list[Path]:
-    """The files of a directory's weights. BoaEdgeError where one is missing, or there are only pickles."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        table = read_json(index, "the shard index")
-        names = sorted(set(table.get("weight_map", {}).values())) if isinstance(table, dict) else []
-        if not names:
-            raise BoaEdgeError("names no shards (weight_map)", where=index)
-        if any(Path(name).name != name for name in names):
-            raise BoaEdgeError("names a shard outside its directory", where=index)
-        shards = [directory / name for name in names]
-    else:
-        shards = [directory / "model.safetensors"]
-    for shard in shards:
-        if not shard.exists():
-            pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-            if pickles:
-                fix = "Pickles can run code and are never read: save the model with safetensors first"
-                raise BoaEdgeError(f"only pickle weights found ({', '.join(pickles[:3])})", where=directory, fix=fix)
-            raise BoaEdgeError("the weights are missing", where=shard, fix="Download the model again")
-    return shards
-
-
-def _check_safetensors(path: Path) -> None:
+def _open_model(directory: Path, stored: Mapping[str, Stored]) -> torch.nn.Module | None:
     try:
-        with safe_open(path, framework="pt") as stream:
-            stream.keys()
-    except (SafetensorError, OSError) as error:
-        fix = "Download the file again"
-        raise BoaEdgeError(f"is truncated or no safetensors file ({error})", where=path, fix=fix) from None
-
-
-def _open_model(directory: Path, shards: list[Path]) -> torch.nn.Module | None:
-    try:
-        model = load_streamed(directory, shards)
+        model = load_streamed(directory, stored)
     except (*_UNFIT, SafetensorError):
         return None  # loading it as a whole says what is wrong
     if model is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from boa_edge.errors import BoaEdgeError
 from toolchain.families import DecoderSpec
+from toolchain.loading.shards import Stored
 
 _ROWS = 4096  # of a table, compared at a time
 
@@ -32,7 +33,7 @@ def check_model(model: nn.Module, where: Path) -> None:
             check_finite(name, parameter.detach(), where)
 
 
-def check_head(directory: Path, shards: Sequence[Path], spec: DecoderSpec) -> None:
+def check_head(directory: Path, stored: Mapping[str, Stored], spec: DecoderSpec) -> None:
     """A model whose head is said to be the embedding table has no other in its files.
 
     Raises:
@@ -40,21 +41,17 @@ def check_head(directory: Path, shards: Sequence[Path], spec: DecoderSpec) -> No
     """
     if not spec.tied_embeddings:
         return
-    places: dict[str, Path] = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as stream:
-            places |= dict.fromkeys(stream.keys(), shard)
     head, table = f"{spec.head}.weight", f"{spec.embedding}.weight"
-    if head in places and table in places and not _is_same(places[head], head, places[table], table):
+    if head in stored and table in stored and not _is_same(stored[head], head, stored[table], table):
         problem = f"says tie_word_embeddings, but the files hold a {head} that differs from {table}"
         fix = f'Set "tie_word_embeddings": false if that head is meant, or delete {head} from the files'
         raise BoaEdgeError(problem, where=directory / "config.json", fix=fix)
 
 
-def _is_same(file: Path, name: str, other_file: Path, other: str) -> bool:
-    with safe_open(file, framework="pt") as stream, safe_open(other_file, framework="pt") as other_stream:
-        one, two = stream.get_slice(name), other_stream.get_slice(other)
-        if one.get_shape() != two.get_shape():
-            return False
-        starts = range(0, one.get_shape()[0], _ROWS)
-        return all(torch.equal(one[start : start + _ROWS], two[start : start + _ROWS]) for start in starts)
+def _is_same(one: Stored, name: str, two: Stored, other: str) -> bool:
+    if one.shape != two.shape:
+        return False
+    with safe_open(one.file, framework="pt") as stream, safe_open(two.file, framework="pt") as other_stream:
+        left, right = stream.get_slice(name), other_stream.get_slice(other)
+        starts = range(0, one.shape[0], _ROWS)
+        return all(torch.equal(left[start : start + _ROWS], right[start : start + _ROWS]) for start in starts)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from toolchain.entry import decoder_layers
+from toolchain.loading.shards import Stored
 from toolchain.loading.sound import check_finite
 
 _ATTRIBUTE = "boa_edge_blocks"
@@ -43,15 +44,15 @@ class StreamedBlocks:
 
     Args:
         model: everything but its blocks is in memory.
-        files: which file holds each parameter, by its full name.
+        stored: where each parameter is, by its full name.
 
     Attributes:
         modules: full names of all modules inside blocks.
         live: blocks whose weights are in memory, and by how many they are held.
     """
 
-    def __init__(self, model: nn.Module, files: Mapping[str, Path]) -> None:
-        self._files = files
+    def __init__(self, model: nn.Module, stored: Mapping[str, Stored]) -> None:
+        self._stored = stored
         self._layers = list(decoder_layers(model))
         names = {id(module): name for name, module in model.named_modules()}
         self._prefixes = [f"{names[id(layer)]}." for layer in self._layers]
@@ -117,7 +118,7 @@ class StreamedBlocks:
         return [self._prefixes[index] + name for name in self._meta[index]]
 
     def _transformed(self, index: int) -> dict[str, Tensor]:
-        values: Mapping[str, Tensor] = {name: read_tensor(self._files[name], name) for name in self._names(index)}
+        values: Mapping[str, Tensor] = {name: read_tensor(self._stored[name].file, name) for name in self._names(index)}
         for transform in self._transforms:
             values = transform(index, values)
         self._vectors |= {name: value.clone() for name, value in values.items() if value.ndim == 1}
@@ -127,7 +128,7 @@ class StreamedBlocks:
         """A parameter in float32, as the file has it or, in a block, after the transformations."""
         index = next((index for index, prefix in enumerate(self._prefixes) if name.startswith(prefix)), None)
         if index is None or not self._transforms:
-            return read_tensor(self._files[name], name)
+            return read_tensor(self._stored[name].file, name)
         return self._vectors[name].clone() if name in self._vectors else self._transformed(index)[name]
 
     def transform(self, function: BlockTransform) -> None:
@@ -161,17 +162,13 @@ def streamed_blocks(model: nn.Module) -> StreamedBlocks | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
-def is_large(files: list[Path]) -> bool:
-    """Whether the weights in these safetensors files are too large for this machine's memory to be handled freely."""
-    numbers = 0
-    for file in files:
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 (not a mapping)
-                numbers += math.prod(stream.get_slice(name).get_shape())
+def is_large(stored: Mapping[str, Stored]) -> bool:
+    """Whether these weights are too large for this machine's memory to be handled freely."""
+    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
     return 4 * numbers > _LARGEST_SHARE * psutil.virtual_memory().total
 
 
-def load_streamed(directory: Path, files: list[Path]) -> nn.Module | None:
+def load_streamed(directory: Path, stored: Mapping[str, Stored]) -> nn.Module | None:
     """The model of a directory with its blocks on disk; None where files and modules name weights differently.
 
     What is not in blocks is read at once. The blocks' hooks read the rest.
@@ -180,18 +177,13 @@ def load_streamed(directory: Path, files: list[Path]) -> nn.Module | None:
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
-    places, shapes = {}, {}
-    for file in files:
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118 (not a mapping)
-                places[name], shapes[name] = file, tuple(stream.get_slice(name).get_shape())
     parameters = dict(model.named_parameters())
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if set(model.state_dict()) != known or not set(places) <= known or not set(parameters) <= set(places):
+    if set(model.state_dict()) != known or not set(stored) <= known or not set(parameters) <= set(stored):
         return None
-    if any(tuple(parameter.shape) != shapes[name] for name, parameter in parameters.items()):
+    if any(tuple(parameter.shape) != stored[name].shape for name, parameter in parameters.items()):
         return None
-    blocks = StreamedBlocks(model, places)
+    blocks = StreamedBlocks(model, stored)
     for name in parameters:
         owner, _, leaf = name.rpartition(".")
         if owner not in blocks.modules:
