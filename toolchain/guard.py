@@ -23,7 +23,7 @@ from toolchain.loading import SourceModel
 from toolchain.metrics import divergence, parts
 from toolchain.run import QuantizedModel
 
-_SEQUENCES, _TOKENS = 8, 256  # on which the budget is judged
+_SEQUENCES, _TOKENS = 8, 512  # on which the budget is judged
 _TOKENS_EACH = 128  # on which each linear is
 _LOGITS = 1 << 27  # that are in memory at a time, of every model that runs: half a gigabyte
 

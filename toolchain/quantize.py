@@ -238,7 +238,9 @@ def _quantize_and_score(
     guarded: Guarded | None = None
     if plan is not None and recipe.activations is not None:
         budget = recipe.activations.budget
-        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.held_out, budget, prepared.cache))
+        if budget is not None and text.judges_scored:
+            say("note: too little text is held out to evaluate on other than the guard chooses by (three sequences)")
+        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.judged, budget, prepared.cache))
     seconds = time.monotonic() - start
     fidelity = distributed.from_main(lambda: _score(prepared, recipe, quantized, guarded, text))
     assert fidelity.kl is not None
@@ -265,7 +267,7 @@ def _score(
     fake = FakeQuantized(source.model, source.spec, quantized.weights, plan, prepared.cache)
     return evaluate_logits(
         fake.logits,
-        text.held_out,
+        text.scored,
         lambda tokens: source.model(tokens, use_cache=False).logits,
         f"scoring {recipe.name}",
     )
@@ -338,10 +340,11 @@ def _write(
         "layers": [{"name": name, **layer} for name, layer in quantized.layers.items()],
         "comparison": [asdict(row) for row in rows],
         "evaluation": {
-            "tokens": text.held_out.numel(),
-            "sequence_length": text.held_out.shape[1],
+            "tokens": text.scored.numel(),
+            "sequence_length": text.scored.shape[1],
             "source": text.source["source"],
             "overlaps_calibration": text.overlap,
+            "overlaps_guard": own.guarded is not None and text.judges_scored,
             "original_perplexity": own.original_perplexity,
         },
         "transforms": {"names": list(recipe.transforms), "notes": prepared.notes},
@@ -359,7 +362,7 @@ def _reference(prepared: Prepared, text: Calibration, own: _Scored) -> dict[str,
     source = prepared.source
     original = FakeQuantized(source.model, source.spec, {})
     fake = FakeQuantized(source.model, source.spec, own.quantized.weights, own.activations, prepared.cache)
-    tokens = text.held_out[0, :_REFERENCE_TOKENS]
+    tokens = text.scored[0, :_REFERENCE_TOKENS]
     prompt = torch.tensor(source.tokenizer(_PROMPT)["input_ids"], dtype=torch.int64)
     greedy = _GREEDY_TOKENS if streamed_blocks(source.model) is None else _STREAMED_GREEDY_TOKENS
     with torch.inference_mode():

@@ -138,9 +138,10 @@ class LearningChoice(_Frozen):
 
 
 class CalibrationSize(_Frozen):
-    """How much text the statistics see, and how much is held out to evaluate on.
+    """How much text the statistics see, and how much is held out.
 
     Attributes:
+        held_out_sequences: a third for the guard to choose by, the rest to evaluate on.
         pool: candidates written per sequence used, of text that the model writes itself (`--calibration self`). Those
             that match the pool's statistics best are chosen and weighted; 1 takes them as they come, which measured
             better on real text (docs/benchmarks/zero_shot.md).
@@ -148,7 +149,7 @@ class CalibrationSize(_Frozen):
 
     sequences: int = Field(default=64, ge=1, le=_MOST)
     sequence_length: int = Field(default=512, ge=8, le=_MOST)
-    held_out_sequences: int = Field(default=8, ge=1, le=_MOST)
+    held_out_sequences: int = Field(default=12, ge=1, le=_MOST)
     pool: float = Field(default=1.0, ge=1, le=16)
 
 

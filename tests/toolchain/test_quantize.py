@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from tests.conftest import make_model, tiny_config
-from toolchain.calibration import load_calibration
+from toolchain.calibration import Calibration, load_calibration
 from toolchain.checkpoint import Checkpoint
 from toolchain.fake_quantized import FakeQuantized
 from toolchain.loading import load_source
@@ -184,6 +184,16 @@ def test_held_out_text_is_not_calibrated_on(tiny_model: Path, text_file: Path) -
     assert not any(tuple(row) in seen for row in text.held_out.tolist())
 
 
+@pytest.mark.parametrize(("held", "judged", "scored"), [(1, 1, 1), (2, 2, 2), (3, 1, 2), (8, 2, 6), (12, 4, 8)])
+def test_the_guard_does_not_choose_by_what_is_scored(held: int, judged: int, scored: int) -> None:
+    rows = torch.arange(held).reshape(-1, 1)
+    text = Calibration(rows, rows, False, {})
+    assert (text.judged.numel(), text.scored.numel()) == (judged, scored)
+    shared = set(text.judged.flatten().tolist()) & set(text.scored.flatten().tolist())
+    assert bool(shared) == text.judges_scored == (held < 3)
+    assert set(torch.cat([text.judged, text.scored]).flatten().tolist()) == set(range(held))
+
+
 def test_provenance_names_source_calibration_and_losses(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     result = quantize(
         str(tiny_model), tmp_path / "ckpt", recipe=recipe(), calibration=str(text_file), compare=("rtn", "gptq")
@@ -191,6 +201,7 @@ def test_provenance_names_source_calibration_and_losses(tiny_model: Path, text_f
     provenance = json.loads((tmp_path / "ckpt" / "provenance.json").read_text())
     assert set(provenance["source"]["files"]) >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert provenance["calibration"]["tokens"] == 12 * 64
+    assert provenance["evaluation"]["tokens"] == 2 * 64  # of three held-out sequences one is the guard's
     assert len(provenance["layers"]) == 14
     assert all(layer["loss"] >= 0 and 0 <= layer["relative_loss"] < 1 for layer in provenance["layers"])
     assert [row["method"] for row in provenance["comparison"]] == ["rtn", "gptq", "boa"]

@@ -21,6 +21,8 @@ from toolchain.text import opening, read_text, sequences, spread, tokenize
 
 __all__ = ["DATASETS", "Calibration", "kept_text", "load_calibration"]
 
+_JUDGED_FROM = 2  # of three held-out sequences, the one that the guard sees
+
 # Fields of a recipe's `calibration` that may not be had as asked for, and why.
 _LIMITED = {
     "sequence_length": "the longest that the model reads",
@@ -46,6 +48,24 @@ class Calibration:
     overlap: bool
     source: dict[str, Any]
     weights: Tensor | None = None
+
+    @property
+    def judged(self) -> Tensor:
+        """int64 [m // 3, length], the part of `held_out` that the guard chooses by; all of it where that is none."""
+        return self.held_out if self.judges_scored else self.held_out[_JUDGED_FROM :: _JUDGED_FROM + 1]
+
+    @property
+    def scored(self) -> Tensor:
+        """int64 [., length], the other part: nothing was chosen by it."""
+        kept = torch.ones(self.held_out.shape[0], dtype=torch.bool)
+        if not self.judges_scored:
+            kept[_JUDGED_FROM :: _JUDGED_FROM + 1] = False
+        return self.held_out[kept]
+
+    @property
+    def judges_scored(self) -> bool:
+        """Whether there is too little text to keep the guard's apart; figures on it are then a little optimistic."""
+        return self.held_out.shape[0] <= _JUDGED_FROM
 
 
 def load_calibration(
