@@ -2,7 +2,7 @@
 #   make export DEVICE=arm64 MODEL=<dir | hub id | file.gguf> RECIPE=<name | file> OUT=<dir>
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test lint bench bench-accuracy clean
+.PHONY: help setup export test lint bench bench-accuracy bench-runtimes clean
 SHELL := /bin/sh
 
 # The first Python from 3.11 on; PYTHON=... chooses another.

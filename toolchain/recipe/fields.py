@@ -1,53 +1,21 @@
-"""Recipes: what to do to a model, as frozen, validated data; by name or from a YAML file.
-
-A name reads as what it does:
-
-    w<bits>[g<group>][asym][a8[t|r|s|u]][kv8[t]]-<method>[-<transform>...]
-
-    w4g32-edge    4-bit weights, symmetric, one scale per 32 inputs, solved by BoA with all that measured better
-    w3asym-gptq   3-bit weights, asymmetric, one scale per output channel, solved by GPTQ
-    w2asym-rtn    2-bit weights, asymmetric, per output channel, rounded to nearest
-    w4g32a8-edge-smooth    4-bit weights in groups of 32 and int8 activations, after SmoothQuant
-    w4g32a8t-edge-smooth-rotatetable   the same for activations per token, as ExecuTorch's XNNPACK quantizes them
-    w4g32a8kv8-edge        without SmoothQuant, and keys and values kept in int8
-
-and with `wmix<megabytes>mb` for `w<bits>` each projection gets bits of its own, so that all fits a budget:
-
-    wmix83mbg32-edge
-"""
+"""What a recipe says, as frozen, validated data."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from boa_edge.errors import UsageError
 from toolchain.activations.cache import CacheScheme
 from toolchain.grids import GridFormat, ScaleSearch
 from toolchain.methods import METHODS
 from toolchain.options import Options
 from toolchain.transforms.named import LEARNED_ROTATION, NAMES
 
-DEFAULT_RECIPE = "w4g32a8-edge-smooth"
-_NAME = re.compile(
-    r"w(?:(?P<bits>\d+)|mix(?P<budget>\d+(?:\.\d+)?)mb)"
-    r"(?:g(?P<group>\d+))?(?P<asym>asym)?(?P<a8>a8[a-z]?)?(?P<kv8>kv8[a-z]?)?-(?P<method>[a-z]+)(?P<rest>(?:-.*)?)"
-)
-_GRAMMAR = (
-    "w<bits>[g<group>][asym][a8[t|r|s|u]][kv8[t]]-<method>[-<transform>...], such as w4g32-edge, w3asym-gptq or "
-    "w4g32a8-edge-smooth (int8 activations: a8 per block, a8t per token, a8r per row, a8s and a8u static; int8 keys "
-    "and values: kv8 per head, kv8t per token); "
-    "wmix<megabytes>mb in place of w<bits> fits a budget"
-)
 # What stands behind `a8` and `kv8` in a name.
-_ACTIVATION_LETTERS = {"per_block": "", "per_token": "t", "per_row": "r", "static_int8": "s", "static_uint8": "u"}
-_CACHE_LETTERS = {"per_head": "", "per_token": "t"}
+ACTIVATION_LETTERS = {"per_block": "", "per_token": "t", "per_row": "r", "static_int8": "s", "static_uint8": "u"}
+CACHE_LETTERS = {"per_head": "", "per_token": "t"}
 _SMALLEST_GROUP, _LARGEST_GROUP = 16, 256
 _MOST = 1 << 20  # sequences, and tokens of one
 _LARGEST_SEED = (1 << 63) - 1  # of PyTorch's generators
@@ -242,8 +210,8 @@ class Recipe(_Frozen):
         asym = "" if self.weights.symmetric else "asym"
         budget = self.weights.budget_mb
         bits = self.weights.bits if budget is None else f"mix{budget:.10g}mb"
-        a8 = "" if self.activations is None else f"a8{_ACTIVATION_LETTERS[self.activations.scheme]}"
-        kv8 = "" if self.kv_cache is None else f"kv8{_CACHE_LETTERS[self.kv_cache.scheme]}"
+        a8 = "" if self.activations is None else f"a8{ACTIVATION_LETTERS[self.activations.scheme]}"
+        kv8 = "" if self.kv_cache is None else f"kv8{CACHE_LETTERS[self.kv_cache.scheme]}"
         return "-".join([f"w{bits}{group}{asym}{a8}{kv8}", self.solved_by, *self.transforms])
 
     @property
@@ -266,129 +234,3 @@ class Recipe(_Frozen):
         if LEARNED_ROTATION not in self.transforms:
             del document["learning"]
         return yaml.safe_dump(document, sort_keys=False)
-
-
-def load_recipe(recipe: str) -> Recipe:
-    """A recipe by name, or from a YAML file.
-
-    Raises:
-        UsageError: an unknown name, key or value, with what is accepted.
-    """
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        return _from_file(path)
-    match = _NAME.fullmatch(recipe)
-    if match is None:
-        raise UsageError(f"unknown recipe {recipe!r}", fix=f"A recipe is a YAML file or a name: {_GRAMMAR}")
-    weights = {
-        "bits": int(match["bits"]) if match["bits"] else "auto",
-        "budget_mb": float(match["budget"]) if match["budget"] else None,
-        "group_size": int(match["group"]) if match["group"] else None,
-        "symmetric": match["asym"] is None,
-    }
-    document: dict[str, Any] = {"method": match["method"], "weights": weights}
-    for field, told, letters in (
-        ("activations", match["a8"], _ACTIVATION_LETTERS),
-        ("kv_cache", match["kv8"], _CACHE_LETTERS),
-    ):
-        if told:
-            prefix, _, letter = told.rpartition("8")
-            schemes = {own: scheme for scheme, own in letters.items()}
-            if letter not in schemes:
-                known = ", ".join(f"{prefix}8{own} ({scheme})" for own, scheme in schemes.items())
-                raise UsageError(f"unknown recipe {recipe!r}: there is no {told!r}", fix=f"There are: {known}")
-            document[field] = {"scheme": schemes[letter]}
-    if match["rest"]:
-        document["transforms"] = match["rest"][1:].split("-")
-    return parse_recipe(document, f"recipe {recipe!r}")
-
-
-class _TwiceError(yaml.YAMLError):
-    """A key comes twice in a mapping."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, to which a key that comes twice is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node: Any = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise _TwiceError(f"key {key.value!r} comes twice, the second time on line {key.start_mark.line + 1}")
-            seen.add(str(key.value))
-        return node
-
-
-def _from_file(path: Path) -> Recipe:
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UsageError("no such recipe file", where=path) from None
-    except OSError as error:
-        raise UsageError(f"cannot be read ({error.strerror})", where=path) from None
-    except _TwiceError as error:
-        raise UsageError(str(error), where=path, fix="Remove one of them") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"is not valid YAML ({' '.join(str(error).split())})", where=path) from None
-    if not isinstance(document, dict):
-        raise UsageError("is not a recipe: a mapping of fields is expected", where=path)
-    return parse_recipe(document, path)
-
-
-def parse_recipe(document: dict[str, Any], where: object) -> Recipe:
-    """Validate a mapping. What is the method's own anyway counts as left to it: another one would have its own.
-
-    Raises:
-        UsageError: naming the field, what was found and what is accepted.
-    """
-    try:
-        recipe = Recipe.model_validate(document)
-    except ValidationError as error:
-        raise UsageError(_explain(error), where=where) from None
-    method = METHODS[recipe.method]
-    search = None if recipe.scale_search == method.default_search else recipe.scale_search
-    solver = None if recipe.solver == method.options else recipe.solver
-    return recipe.model_copy(update={"scale_search": search, "solver": solver})
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _fields_beside(problem["loc"])
-            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"accepted: {', '.join(known)}"
-            lines.append(f"unknown key {field!r}, {hint}")
-        elif problem["type"] == "missing":
-            accepted = f", accepted: {', '.join(METHODS)}" if field == "method" else ""
-            lines.append(f"{field} is missing{accepted}")
-        else:
-            message = _in_terms_of_yaml(problem)
-            lines.append(f"{field}: {message}, found {problem['input']!r}" if field else message)
-    return "; ".join(lines)
-
-
-def _in_terms_of_yaml(problem: ErrorDetails) -> str:
-    """A message of pydantic's, less its words for Python's types."""
-    if problem["type"] == "tuple_type":
-        return "Input should be a list"
-    if problem["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        known = _fields_beside((*problem["loc"], "")) if problem["loc"] else list(Recipe.model_fields)
-        return f"Input should be a mapping of {', '.join(known)}"
-    return problem["msg"].removeprefix("Value error, ")
-
-
-def _fields_beside(location: tuple[int | str, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {
-        "weights": WeightFormat,
-        "embedding": EmbeddingFormat,
-        "activations": ActivationChoice,
-        "kv_cache": CacheChoice,
-        "solver": Options,
-        "learning": LearningChoice,
-        "calibration": CalibrationSize,
-    }
-    parent = models.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
-    return list(parent.model_fields)
