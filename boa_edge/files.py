@@ -102,11 +102,11 @@ def check_writable(directory: Path, option: str, *, beside: str | None = None) -
             path.mkdir(exist_ok=True)
             made.append(path)
         # As long as the longest name that is made beside an output.
-        made.append(Path(tempfile.mkdtemp(prefix=f".{beside or 'boa-edge'}.probe.unfinished-", dir=place)))
+        made.append(Path(tempfile.mkdtemp(prefix=f".{beside or 'boa-edge'}.probe+solver.unfinished-", dir=place)))
     except OSError as error:
         problem = f"nothing can be written there ({error.strerror})"
         if error.errno == errno.ENAMETOOLONG:
-            problem = "the name is too long: temporary names beside it need up to 30 bytes more"
+            problem = "the name is too long: temporary names beside it need up to 35 bytes more"
         where = place / beside if beside else place
         raise UsageError(problem, where=where, fix=f"Choose another {option}") from None
     finally:
@@ -168,7 +168,7 @@ def output_directory(
         _remove_abandoned(place)
         temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=place.parent))
     try:
-        with disk_errors(target), _held(temporary):
+        with disk_errors(target), held(temporary):
             yield temporary
             _open_to_readers(temporary)
             if place.exists():
@@ -184,19 +184,22 @@ def output_directory(
 
 
 @contextlib.contextmanager
-def _held(directory: Path) -> Iterator[bool]:
-    """Inside, this process holds a directory, wherever it is moved to; False where another one does.
+def held(directory: Path) -> Iterator[bool | None]:
+    """Inside, this process holds a directory, wherever it is moved to.
 
-    The hold ends with the process, however that ends.
+    The hold ends with the process, however that ends. False where another one holds it; None where the file system
+    knows no locks.
     """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        is_held: bool | None = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held, or a file system without locks
-            yield False
-        else:
-            yield True
+        except BlockingIOError:
+            is_held = False
+        except OSError:
+            is_held = None
+        yield is_held
     finally:
         os.close(descriptor)
 
@@ -206,7 +209,7 @@ def _remove_abandoned(place: Path) -> None:
     for path in place.parent.glob(f".{glob.escape(place.name)}.partial-*"):
         with contextlib.suppress(OSError):
             if path.is_dir() and time.time() - path.stat().st_mtime > _NEW:
-                with _held(path) as is_free:
+                with held(path) as is_free:
                     if is_free:
                         shutil.rmtree(path, ignore_errors=True)
 

@@ -49,9 +49,12 @@ class EvaluateResult:
 
 @dataclass(frozen=True)
 class _Subject:
+    """What is evaluated; `longest`: the most tokens that it reads at a time, None for a program that says so itself."""
+
     kind: str
     logits: Logits
     tokenizer: Any
+    longest: int | None
 
 
 @fast_products()
@@ -71,11 +74,11 @@ def evaluate(
     start = time.monotonic()
     content = read_text(text)
     say(f"loading {subject}")
-    evaluated = _open(subject)
+    evaluated = open_subject(subject)
     compared = None
     if reference is not None:
         say(f"loading {reference}")
-        compared = _open(reference)
+        compared = open_subject(reference)
     ids = tokenize(content, evaluated.tokenizer)
     first = opening(evaluated.tokenizer)
     alike = compared is None or (
@@ -84,6 +87,11 @@ def evaluate(
     if not alike:
         problem = f"{subject} and {reference} split the text into different tokens"
         raise BoaEdgeError(problem, where=text, fix="Compare models that share a tokenizer")
+    limits = [each.longest for each in (evaluated, compared) if each is not None and each.longest is not None]
+    longest = min(limits, default=sequence_length)
+    if sequence_length > longest:
+        say(f"sequences of {longest} tokens in place of {sequence_length}: the longest that is read")
+        sequence_length = longest
     rows = sequences(ids[:tokens], sequence_length, text, first)
     fidelity = evaluate_logits(evaluated.logits, rows, compared.logits if compared else None, "evaluating")
     return EvaluateResult(
@@ -100,14 +108,16 @@ def evaluate(
     )
 
 
-def _open(subject: str) -> _Subject:
+def open_subject(subject: str) -> _Subject:
     path = Path(subject).expanduser()
     if (path / "manifest.json").is_file():
         return _bundle(path)
     if (path / "recipe.yaml").is_file():
         return _checkpoint(path)
     source = load_source(subject)
-    return _Subject("model", lambda ids: source.model(ids, use_cache=False).logits, source.tokenizer)
+    return _Subject(
+        "model", lambda ids: source.model(ids, use_cache=False).logits, source.tokenizer, source.spec.max_positions
+    )
 
 
 def _checkpoint(path: Path) -> _Subject:
@@ -124,7 +134,7 @@ def _checkpoint(path: Path) -> _Subject:
         raise BoaEdgeError(problem, where=path, fix="Quantize the model again") from None
     install_runtime(model, checkpoint.spec, checkpoint.transforms)
     fake = FakeQuantized(model, checkpoint.spec, {}, checkpoint.activations, checkpoint.kv_cache)
-    return _Subject("checkpoint", fake.logits, load_tokenizer(path))
+    return _Subject("checkpoint", fake.logits, load_tokenizer(path), checkpoint.spec.max_positions)
 
 
 def _bundle(path: Path) -> _Subject:
@@ -133,4 +143,4 @@ def _bundle(path: Path) -> _Subject:
     def logits(ids: Tensor) -> Tensor:
         return torch.from_numpy(decoder.logits(ids.numpy()))
 
-    return _Subject("bundle", logits, load_tokenizer(path))
+    return _Subject("bundle", logits, load_tokenizer(path), None)

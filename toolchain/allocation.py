@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from boa_edge.errors import UsageError
+from toolchain.checkpoint import float_dtype
 from toolchain.loading import SourceModel
 from toolchain.quantized import SUPPORTED_BITS, payload_size
-from toolchain.recipe import Recipe, WeightFormat
+from toolchain.recipe import Recipe
 
 _TABLE = 200_000
 
@@ -75,13 +76,15 @@ def allocate(items: Sequence[Item], budget: int) -> dict[str, int]:
     return {item.name: chosen[item.name] for item in items}
 
 
-def module_bytes(source: SourceModel, weights: WeightFormat) -> dict[str, dict[int, int]]:
+def module_bytes(source: SourceModel, recipe: Recipe) -> dict[str, dict[int, int]]:
     """Payload of every module that holds projections, by name and bits."""
-    found = {}
+    weights, found = recipe.weights, {}
     for name in source.spec.linear_inputs():
         rows, columns = source.model.get_parameter(f"{name}.weight").shape
         found[name] = {
-            bits: payload_size(rows, columns, columns // (weights.group_size or columns), bits, weights.symmetric)
+            bits: payload_size(
+                rows, columns, columns // (weights.group_size or columns), bits, weights.symmetric, recipe.scale_bits
+            )
             for bits in SUPPORTED_BITS
         }
     return found
@@ -103,9 +106,11 @@ def fixed_bytes(source: SourceModel, recipe: Recipe) -> int:
         if module in tables and part == "weight" and recipe.embedding is not None:
             rows, columns = value.shape
             fmt = recipe.embedding
-            total += payload_size(rows, columns, columns // (fmt.group_size or columns), fmt.bits, True)
+            total += payload_size(
+                rows, columns, columns // (fmt.group_size or columns), fmt.bits, True, recipe.scale_bits
+            )
         else:
-            total += value.numel() * 2
+            total += value.numel() * float_dtype(source.config, value, transformed=bool(recipe.transforms)).itemsize
     return total
 
 
@@ -118,7 +123,7 @@ def check_budget(source: SourceModel, recipe: Recipe) -> int | None:
     if recipe.weights.budget_mb is None:
         return None
     fixed = fixed_bytes(source, recipe)
-    least = fixed + sum(sizes[min(SUPPORTED_BITS)] for sizes in module_bytes(source, recipe.weights).values())
+    least = fixed + sum(sizes[min(SUPPORTED_BITS)] for sizes in module_bytes(source, recipe).values())
     budget = round(recipe.weights.budget_mb * 1e6)
     if budget < least:
         smallest = f"{math.ceil(least / 1e3) / 1e3:.3f}"

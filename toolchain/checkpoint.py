@@ -97,6 +97,14 @@ def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
 
 
+def float_dtype(config: Mapping[str, Any], value: Tensor, *, transformed: bool) -> torch.dtype:
+    """In which a parameter that is not quantized is stored.
+
+    Vectors (norms, biases) of a transformed model are no numbers of the source's type any more: float32.
+    """
+    return torch.float32 if transformed and value.ndim == 1 else stored_dtype(config)
+
+
 def write_transforms(directory: Path, transforms: Sequence[Transform]) -> None:
     """Write `transforms.json` and `transforms.safetensors`: what the weights have gone through; nothing without any."""
     if not transforms:

@@ -2,69 +2,35 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from boa_edge import __version__
-from boa_edge.errors import BoaEdgeError, UsageError
-from boa_edge.files import as_input, check_output, check_writable, output_directory, write_json, write_text
+from boa_edge.errors import UsageError
+from boa_edge.files import as_input, check_output, check_writable, output_directory
 from boa_edge.progress import say
 from toolchain import distributed
 from toolchain.accelerator import find_accelerator
-from toolchain.activations.plan import ActivationPlan
 from toolchain.allocation import check_budget
 from toolchain.calibration import Calibration, kept_text, load_calibration
-from toolchain.checkpoint import ACTIVATIONS, KV_CACHE, stored_dtype, write_transforms, write_weights
-from toolchain.fake_quantized import FakeQuantized
-from toolchain.guard import Guarded, guard
 from toolchain.loading import SourceModel, load_source
-from toolchain.loading.papers import copy_papers
 from toolchain.loading.streamed import streamed_blocks
 from toolchain.methods import METHODS
-from toolchain.metrics import Fidelity, evaluate_logits
-from toolchain.outliers import as_documents
 from toolchain.prepare import Prepared, prepare
 from toolchain.products import fast_products
 from toolchain.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from toolchain.resume import ResumeFile
-from toolchain.run import QuantizedModel, quantize_model
+from toolchain.scoring import Comparison, quantize_and_score
 from toolchain.spill import Spill
-from toolchain.transforms import online_products, to_record, transforms_of
+from toolchain.transforms import to_record
+from toolchain.writing import arithmetic, versions, write_checkpoint
 
-_PROMPT = "The capital of France is"
-_REFERENCE_TOKENS = 96
-_GREEDY_TOKENS = 32
-_STREAMED_GREEDY_TOKENS = 8  # for each of which a model whose blocks are on disk reads them all
-_RECORDED = ("torch", "transformers", "compressed-tensors", "safetensors", "numpy", "numba", "gguf")
 _GROUP_SIZES = (16, 32, 64, 128, 192, 256)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One method on the held-out text.
-
-    Attributes:
-        payload_bytes: codes, scales and float tensors as they count on disk.
-        peak_mb: peak resident memory of the process so far, in megabytes (10^6).
-    """
-
-    method: str
-    recipe: str
-    perplexity: float
-    kl: float
-    top1: float
-    payload_bytes: int
-    seconds: float
-    peak_mb: int
 
 
 @dataclass(frozen=True)
@@ -150,15 +116,19 @@ def quantize(
     prepared = prepare(source, chosen, text.sequences)
     unfinished = [_resume_file(target, prepared, each, text, place) for each in (*others, chosen)]
     keep = Spill(spill, place)
-    rows = [_quantize_and_score(prepared, *each, text, keep).row for each in zip(others, unfinished, strict=False)]
-    own = _quantize_and_score(prepared, chosen, unfinished[-1], text, keep)
-    rows.append(own.row)
-    if distributed.is_main():
-        with output_directory(target, overwrite=overwrite) as directory:
-            _write(directory, prepared, chosen, text, own, rows, time.monotonic() - start)
+    with ExitStack() as holds:
         for resume in filter(None, unfinished):
-            resume.discard()
-        shutil.rmtree(kept_text(target), ignore_errors=True)
+            holds.enter_context(resume.held())
+            start -= resume.spent
+        rows = [quantize_and_score(prepared, *each, text, keep).row for each in zip(others, unfinished, strict=False)]
+        own = quantize_and_score(prepared, chosen, unfinished[-1], text, keep)
+        rows.append(own.row)
+        if distributed.is_main():
+            with output_directory(target, overwrite=overwrite) as directory:
+                write_checkpoint(directory, prepared, chosen, text, own, rows, time.monotonic() - start)
+            for resume in filter(None, unfinished):
+                resume.discard()
+            shutil.rmtree(kept_text(target), ignore_errors=True)
     return QuantizeResult(output, chosen.name, tuple(rows), own.original_perplexity, time.monotonic() - start)
 
 
@@ -206,171 +176,7 @@ def _resume_file(
         "weights": text.weights,
         "accelerator": place.type,
         "number of processes": distributed.world_size(),
-        "versions": _versions(),
+        "threads and instructions": arithmetic(),
+        "versions": versions(),
     }
     return ResumeFile(output, recipe.solved_by, identity)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A quantized model, which activations it computes with, and how it does on the held-out text."""
-
-    quantized: QuantizedModel
-    guarded: Guarded | None
-    row: Comparison
-    original_perplexity: float
-
-    @property
-    def activations(self) -> ActivationPlan | None:
-        return None if self.guarded is None else self.guarded.plan
-
-
-def _quantize_and_score(
-    prepared: Prepared, recipe: Recipe, resume: ResumeFile | None, text: Calibration, keep: Spill
-) -> _Scored:
-    start = time.monotonic()
-    source, plan = prepared.source, prepared.activations
-    try:
-        quantized = quantize_model(source, recipe, text.sequences, resume, text.weights, keep, plan, prepared.cache)
-    except ArithmeticError as error:
-        fix = "Use more calibration text, or a larger `damping` in the recipe"
-        raise BoaEdgeError(str(error), where=f"recipe {recipe.name}", fix=fix) from error
-    guarded: Guarded | None = None
-    if plan is not None and recipe.activations is not None:
-        budget = recipe.activations.budget
-        if budget is not None and text.judges_scored:
-            say("note: too little text is held out to evaluate on other than the guard chooses by (three sequences)")
-        guarded = distributed.from_main(lambda: guard(source, quantized, plan, text.judged, budget, prepared.cache))
-    seconds = time.monotonic() - start
-    fidelity = distributed.from_main(lambda: _score(prepared, recipe, quantized, guarded, text))
-    assert fidelity.kl is not None
-    assert fidelity.top1 is not None
-    assert fidelity.reference_perplexity is not None
-    row = Comparison(
-        method=recipe.method,
-        recipe=recipe.name,
-        perplexity=fidelity.perplexity,
-        kl=fidelity.kl,
-        top1=fidelity.top1,
-        payload_bytes=_payload_bytes(source, quantized),
-        seconds=round(seconds, 1),
-        peak_mb=_peak_mb(),
-    )
-    say(f"{recipe.name}: perplexity {row.perplexity:.2f}, KL {row.kl:.4f}, top-1 {row.top1:.1%} on held-out text")
-    return _Scored(quantized, guarded, row, fidelity.reference_perplexity)
-
-
-def _score(
-    prepared: Prepared, recipe: Recipe, quantized: QuantizedModel, guarded: Guarded | None, text: Calibration
-) -> Fidelity:
-    source, plan = prepared.source, None if guarded is None else guarded.plan
-    fake = FakeQuantized(source.model, source.spec, quantized.weights, plan, prepared.cache)
-    return evaluate_logits(
-        fake.logits,
-        text.scored,
-        lambda tokens: source.model(tokens, use_cache=False).logits,
-        f"scoring {recipe.name}",
-    )
-
-
-def _float_parameters(source: SourceModel, quantized: QuantizedModel) -> dict[str, torch.Tensor]:
-    """Parameters that stay in floating point, in the source's dtype."""
-    dtype = stored_dtype(source.config)
-    tied_head = f"{source.spec.head}.weight" if source.spec.tied_embeddings else None
-    # Norms that have taken up scales would lose them to a narrower type.
-    own = (
-        {name for names in source.spec.layer_names for name in names.norms()} if transforms_of(source.model) else set()
-    )
-    return {
-        name: source.parameter(name).detach().to(torch.float32 if name.rpartition(".")[0] in own else dtype)
-        for name in source.model.state_dict()
-        if name.rpartition(".")[0] not in quantized.weights or not name.endswith(".weight")
-        if name != tied_head
-    }
-
-
-def _payload_bytes(source: SourceModel, quantized: QuantizedModel) -> int:
-    floats = sum(value.numel() * 2 for value in _float_parameters(source, quantized).values())
-    return floats + sum(weight.payload_bytes() for weight in quantized.weights.values())
-
-
-def _peak_mb() -> int:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
-
-
-def _versions() -> dict[str, str]:
-    return {"boa-edge": __version__} | {name: metadata.version(name) for name in _RECORDED}
-
-
-def _write(
-    directory: Path,
-    prepared: Prepared,
-    recipe: Recipe,
-    text: Calibration,
-    own: _Scored,
-    rows: list[Comparison],
-    seconds: float,
-) -> None:
-    source, quantized = prepared.source, own.quantized
-    scale_dtype = torch.bfloat16 if recipe.round_scales else torch.float32
-    floats = _float_parameters(source, quantized)
-    # R3 alone cancels: queries and keys are turned alike.
-    owes = any(product.kind != "r3" for product in online_products(source.spec, prepared.transforms))
-    write_weights(directory, source.config, source.spec, quantized.weights, floats, scale_dtype, owes_products=owes)
-    write_transforms(directory, prepared.transforms)
-    if own.activations is not None:
-        write_json(directory / ACTIVATIONS, own.activations.to_document())
-    if prepared.cache is not None:
-        write_json(directory / KV_CACHE, prepared.cache.to_document())
-    source.tokenizer.save_pretrained(directory)
-    copy_papers(source.papers, directory)
-    write_json(directory / "generation_config.json", source.generation_config)
-    write_text(directory / "recipe.yaml", recipe.to_yaml())
-    save_file(_reference(prepared, text, own), directory / "reference.safetensors")
-    provenance = {
-        "schema_version": 1,
-        "created_by": f"boa-edge {__version__}",
-        "source": {"model": source.identity, "files": source.files},
-        "calibration": text.source,
-        "versions": _versions(),
-        "platform": platform.platform(),
-        "seed": recipe.seed,
-        "recipe": recipe.name,
-        "method": recipe.method,
-        "layers": [{"name": name, **layer} for name, layer in quantized.layers.items()],
-        "comparison": [asdict(row) for row in rows],
-        "evaluation": {
-            "tokens": text.scored.numel(),
-            "sequence_length": text.scored.shape[1],
-            "source": text.source["source"],
-            "overlaps_calibration": text.overlap,
-            "overlaps_guard": own.guarded is not None and text.judges_scored,
-            "original_perplexity": own.original_perplexity,
-        },
-        "transforms": {"names": list(recipe.transforms), "notes": prepared.notes},
-        "activations": None if own.guarded is None else own.guarded.to_document(),
-        "kv_cache": prepared.cache_statistics,
-        "outliers": {"before": as_documents(prepared.before), "after": as_documents(prepared.after)},
-        "seconds": round(seconds, 1),
-        "peak_mb": rows[-1].peak_mb,
-    }
-    write_json(directory / "provenance.json", provenance)
-
-
-def _reference(prepared: Prepared, text: Calibration, own: _Scored) -> dict[str, torch.Tensor]:
-    """Logits and greedy tokens of the original and of the fake-quantized model, to hold a device against."""
-    source = prepared.source
-    original = FakeQuantized(source.model, source.spec, {})
-    fake = FakeQuantized(source.model, source.spec, own.quantized.weights, own.activations, prepared.cache)
-    tokens = text.scored[0, :_REFERENCE_TOKENS]
-    prompt = torch.tensor(source.tokenizer(_PROMPT)["input_ids"], dtype=torch.int64)
-    greedy = _GREEDY_TOKENS if streamed_blocks(source.model) is None else _STREAMED_GREEDY_TOKENS
-    with torch.inference_mode():
-        return {
-            "tokens": tokens.clone(),
-            "original_logits": original.logits(tokens[None])[0].to(torch.float16),
-            "quantized_logits": fake.logits(tokens[None])[0].contiguous(),
-            "prompt": prompt,
-            "original_greedy": original.greedy(prompt, greedy),
-            "quantized_greedy": fake.greedy(prompt, greedy),
-        }

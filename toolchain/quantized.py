@@ -83,15 +83,15 @@ class QuantizedWeight:
         zeros = None if self.zero_points is None else self.zero_points.cpu()
         return replace(self, codes=self.codes.cpu(), scales=self.scales.cpu(), zero_points=zeros)
 
-    def payload_bytes(self) -> int:
-        """Bytes of packed codes, bfloat16 scales and packed zero points, as they count on disk."""
-        return payload_size(*self.shape, self.scales.shape[1], self.bits, self.symmetric)
+    def payload_bytes(self, scale_bits: int) -> int:
+        """Bytes of packed codes, scales of so many bits and packed zero points."""
+        return payload_size(*self.shape, self.scales.shape[1], self.bits, self.symmetric, scale_bits)
 
 
-def payload_size(rows: int, columns: int, groups: int, bits: int, symmetric: bool) -> int:
+def payload_size(rows: int, columns: int, groups: int, bits: int, symmetric: bool, scale_bits: int) -> int:
     """`QuantizedWeight.payload_bytes` of a weight [rows, columns] with so many groups per row."""
-    scale_bits = 16 if symmetric else 16 + bits
-    return (rows * columns * bits + rows * groups * scale_bits + 7) // 8
+    per_group = scale_bits if symmetric else scale_bits + bits
+    return (rows * columns * bits + rows * groups * per_group + 7) // 8
 
 
 def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from boa_edge.errors import BoaEdgeError
-from boa_edge.files import disk_errors, read_json, write_json
+from boa_edge.files import disk_errors, held, read_json, write_json
 from boa_edge.progress import say
 from toolchain.packing import pack, unpack
 from toolchain.quantized import QuantizedWeight
@@ -26,6 +28,9 @@ FinishedBlock = tuple[dict[str, QuantizedWeight], dict[str, dict[str, Any]]]
 class ResumeFile:
     """A directory beside the output that holds one file per finished block.
 
+    Attributes:
+        spent: seconds that earlier processes have worked, each up to its last finished block.
+
     It is bound to everything that decides the codes by a fingerprint; another run's blocks are never used.
 
     Raises:
@@ -33,8 +38,10 @@ class ResumeFile:
     """
 
     def __init__(self, output: Path, method: str, identity: dict[str, Any]) -> None:
+        self.spent, self._start = 0.0, time.monotonic()
         self.directory = output.absolute().with_name(f".{output.name}.{method}.unfinished")
         self._identity = {key: _digest(value) for key, value in identity.items()}
+        self._times = self.directory / "seconds.json"
         known = self.directory / "identity.json"
         if known.exists():
             found = read_json(known, "the identity of an unfinished run")
@@ -48,6 +55,7 @@ class ResumeFile:
                 raise BoaEdgeError(problem, where=self.directory, fix=fix)
             else:
                 say(f"resuming {method}: {count} blocks are finished")
+                self.spent = float(read_json(self._times, "the time of an unfinished run")) if count else 0.0
                 return
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +100,21 @@ class ResumeFile:
         with disk_errors(path):
             write_json(path.with_suffix(".json"), report)
             save_file(tensors, temporary)
+            write_json(self._times, self.spent + time.monotonic() - self._start)
             temporary.replace(path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the run is this process's alone, and its time counts. BoaEdgeError where another one works on it."""
+        with held(self.directory) as is_held:
+            if is_held is False:
+                fix = "Wait for it, or choose another -o"
+                raise BoaEdgeError("another process works on the same output", where=self.directory, fix=fix)
+            yield
+
+    def begin(self) -> None:
+        """The work on its blocks begins now."""
+        self._start = time.monotonic()
 
     def discard(self) -> None:
         """The run is finished: its blocks are not needed any more."""

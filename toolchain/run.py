@@ -157,7 +157,7 @@ def _plan(
             together = errors.setdefault(part.module, dict.fromkeys(SUPPORTED_BITS, 0.0))
             for bits in SUPPORTED_BITS:
                 together[bits] += found[role][bits]
-    sizes = module_bytes(source, recipe.weights)
+    sizes = module_bytes(source, recipe)
     chosen = distributed.from_main(lambda: allocate([Item(name, sizes[name], errors[name]) for name in sizes], spare))
     if path is not None:
         write_json(path, chosen)

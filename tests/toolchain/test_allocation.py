@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from boa_edge.errors import UsageError
@@ -144,7 +145,7 @@ def test_predicted_errors_follow_the_errors_that_are_made(tiny_model: Path, text
 
 
 def uniform_bytes(source: SourceModel, recipe: Recipe, bits: int) -> int:
-    return fixed_bytes(source, recipe) + sum(s[bits] for s in module_bytes(source, recipe.weights).values())
+    return fixed_bytes(source, recipe) + sum(s[bits] for s in module_bytes(source, recipe).values())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -172,6 +173,40 @@ def test_a_run_keeps_to_its_budget_and_reloads(tied: bool, tmp_path: Path, text_
         assert torch.allclose(loaded(tokens).logits, plain(tokens).logits, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        ("bfloat16", {}),
+        ("bfloat16", {"round_scales": False}),
+        ("float32", {"embedding": None}),
+        ("bfloat16", {"transforms": ["rotateuntied"]}),
+    ],
+)
+def test_the_payload_is_what_the_files_hold(
+    dtype: str, change: dict[str, object], tmp_path: Path, text_file: Path
+) -> None:
+    """But for the quantized table in floating point, which other loaders want."""
+    config = tiny_config(dtype=dtype, attention_bias=True)
+    model = make_model(tmp_path / "model", config)
+    document = json.loads((model / "config.json").read_text()) | {"dtype": dtype}
+    (model / "config.json").write_text(json.dumps(document))
+    source = load_source(str(model))
+    weights = {"bits": "auto", "budget_mb": 1.0, "group_size": 16}
+    some = parse_recipe({"method": "rtn", "weights": weights, "calibration": SMALL, **change}, "test")
+    budget = (uniform_bytes(source, some, 3) + 1000) / 1e6
+    own = parse_recipe({**some.model_dump(), "weights": weights | {"budget_mb": budget}}, "test")
+    result = quantize(str(model), tmp_path / "ckpt", recipe=own, calibration=str(text_file))
+    stored = load_file(tmp_path / "ckpt" / "model.safetensors")
+    if own.embedding is not None:
+        del stored[f"{source.spec.embedding}.weight"]
+        stored |= {f"table {k}": v for k, v in load_file(tmp_path / "ckpt" / "embedding.safetensors").items()}
+    size = sum(value.numel() * value.element_size() for name, value in stored.items() if not name.endswith("_shape"))
+    payload = result.as_dict()["payload_bytes"]
+    assert payload <= budget * 1e6
+    # Codes of 3 bits and zero points are filled up to whole words.
+    assert payload <= size <= payload * 1.02
+
+
 def test_plenty_is_eight_bits_and_too_little_names_the_least(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     source = load_source(str(tiny_model))
     least = uniform_bytes(source, mixed(1.0), 2)
@@ -194,7 +229,7 @@ def test_a_head_that_will_be_untied_is_paid_for_before_any_work(tiny_model: Path
     document = {"method": "gptq", "weights": {"bits": "auto", "budget_mb": 1.0}, "transforms": ["rotateuntied"]}
     recipe = parse_recipe(document, "test")
     tied = parse_recipe(document | {"transforms": []}, "test")
-    table = payload_size(264, 64, 1, 8, True)
+    table = payload_size(264, 64, 1, 8, True, 16)
     assert fixed_bytes(source, recipe) == fixed_bytes(source, tied) + table
     untied, _ = apply(source, [RotateResidual(0, "untied")])
     assert fixed_bytes(source, recipe) == fixed_bytes(untied, recipe)

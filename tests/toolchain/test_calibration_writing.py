@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,11 +317,35 @@ def test_an_interrupted_pool_goes_on_after_its_last_batch(
     assert len(calls) == total - 1  # the first batch was read back, the damaged one written again
     assert torch.equal(resumed.sequences, expected.sequences)
     assert torch.equal(resumed.held_out, expected.held_out)
+    assert resumed.weights is not None
+    assert expected.weights is not None
+    assert torch.equal(resumed.weights, expected.weights)  # bit for bit: the resumed run is known by them
     calls.clear()
     load_calibration("self", source, size, 0, keep)
     assert not calls
     load_calibration("self", source, size, 1, keep)
     assert calls  # another seed's text is not used
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json"])
+def test_kept_text_is_not_used_when_the_model_writes_otherwise(tiny_model: Path, tmp_path: Path, file: str) -> None:
+    """A chat template makes half of the text conversations, another end token ends texts elsewhere."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    size = CalibrationSize(sequences=4, sequence_length=24, held_out_sequences=2)
+    before = load_source(str(model))
+    load_calibration("self", before, size, 0, tmp_path / "kept")
+    if file == "chat_template.jinja":
+        turns = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        (model / file).write_text(turns + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    else:
+        (model / file).write_text('{"eos_token_id": [70, 71, 72, 73, 74, 75]}')
+    source = load_source(str(model))
+    assert before.files != source.files
+    resumed = load_calibration("self", source, size, 0, tmp_path / "kept")
+    fresh = load_calibration("self", source, size, 0, tmp_path / "other")
+    assert torch.equal(resumed.sequences, fresh.sequences)
+    assert resumed.source == fresh.source
 
 
 def test_kept_text_of_another_run_is_removed(tmp_path: Path) -> None:

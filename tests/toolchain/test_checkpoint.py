@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from boa_edge.errors import BoaEdgeError
 from exporters import EXPORTERS, export
+from runtime_tests.evaluate import open_subject
+from tests.conftest import make_model, tiny_config
 from toolchain.checkpoint import Checkpoint
 from toolchain.quantize import quantize
 from toolchain.recipe import parse_recipe
@@ -190,3 +192,22 @@ def test_damages(damage: str, runtime: str, smoothed: Path, tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "checkpoint"))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_what_is_stored_is_what_the_reference_is_of(tmp_path: Path, text_file: Path) -> None:
+    """Biases that a rotation has changed are no bfloat16 numbers any more."""
+    path = make_model(tmp_path / "model", tiny_config(attention_bias=True, dtype="bfloat16"))
+    tensors = {name: value.bfloat16() for name, value in load_file(path / "model.safetensors").items()}
+    for name, value in tensors.items():
+        if name.endswith(".bias"):
+            tensors[name] = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (path / "config.json").write_text(json.dumps(config))
+    recipe = parse_recipe({**RECIPE, "transforms": ["rotateuntied"]}, "test")
+    quantize(str(path), tmp_path / "checkpoint", recipe=recipe, calibration=str(text_file))
+    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert {value.dtype for name, value in stored.items() if name.endswith(".bias")} == {torch.float32}
+    reference = load_file(tmp_path / "checkpoint" / "reference.safetensors")
+    logits = open_subject(str(tmp_path / "checkpoint")).logits(reference["tokens"][None])[0]
+    assert torch.allclose(logits, reference["quantized_logits"], atol=2e-4)

@@ -55,7 +55,7 @@ def test_two_ranks_collect_the_same_statistics_and_fail_with_one_message(
     # Not by whole lines: the ranks write to one stream.
     told = re.findall(r"(?<![\w.])error: ([^\n]*)", done.stderr)
     assert len(told) == 1, done.stderr
-    assert told[0].startswith("recipe w4g32-edge: no damping mends this Hessian"), done.stderr
+    assert told[0].startswith("recipe w4g32-edge+solver: no damping mends this Hessian"), done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -162,6 +162,43 @@ def test_another_runs_blocks_are_refused_by_name(
         quantize(str(tiny_model), tmp_path / "out", recipe=recipe(), calibration=str(text_file))
 
 
+def test_two_runs_to_one_output_do_not_share_finished_blocks(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_save, refusals = ResumeFile.save, []
+
+    def save(self: ResumeFile, index: int, *block: object) -> None:
+        real_save(self, index, *block)  # type: ignore[arg-type]
+        with pytest.raises(BoaEdgeError, match=r"another process works on the same output.*another -o") as caught:
+            quantize(str(tiny_model), tmp_path / "out", recipe=recipe(), calibration=str(text_file))
+        refusals.append(caught)
+
+    monkeypatch.setattr(ResumeFile, "save", save)
+    quantize(str(tiny_model), tmp_path / "out", recipe=recipe(), calibration=str(text_file))
+    assert len(refusals) == 2
+    assert (tmp_path / "out" / "provenance.json").exists()
+
+
+def test_a_resumed_run_counts_the_time_before(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_save = ResumeFile.save
+
+    def stop(self: ResumeFile, index: int, *block: object) -> None:
+        self._start -= 1000  # as if it had worked so long
+        real_save(self, index, *block)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResumeFile, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(str(tiny_model), tmp_path / "out", recipe=recipe(), calibration=str(text_file))
+    quantize(str(tiny_model), tmp_path / "out", recipe=recipe(), calibration=str(text_file))
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert 1000 < provenance["comparison"][-1]["seconds"] < 1100
+    assert 1000 < provenance["seconds"] < 1100
+
+
 def test_text_that_the_model_writes_itself_is_seeded(tiny_model: Path) -> None:
     source = load_source(str(tiny_model))
     size = CalibrationSize(sequences=4, sequence_length=24, held_out_sequences=1)

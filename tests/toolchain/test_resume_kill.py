@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import make_model, tiny_config
+from toolchain.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -130,7 +131,7 @@ def test_a_run_killed_ten_times_yields_the_same_codes(
         return ["quantize", str(model), "--recipe", str(recipe), "--calibration", str(text), "-o", place]
 
     assert starter.run(arguments("whole")) == 0, starter.log
-    unfinished = tmp_path / f".killed.{method}.unfinished"
+    unfinished = tmp_path / f".killed.{load_recipe(str(recipe)).solved_by}.unfinished"
 
     def finished() -> int:
         return len(list(unfinished.glob("block-*.safetensors")))
@@ -164,7 +165,7 @@ def test_a_run_killed_ten_times_yields_the_same_codes(
     last = [sys.executable, "-m", "boa_edge.cli", *arguments("killed")]
     done = subprocess.run(last, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"resuming {method}: {seen[-1]} blocks are finished" in done.stderr
+    assert f"resuming {load_recipe(str(recipe)).solved_by}: {seen[-1]} blocks are finished" in done.stderr
     whole, killed = stored(tmp_path / "whole"), stored(tmp_path / "killed")
     assert whole.keys() == killed.keys()
     assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []

@@ -61,3 +61,11 @@ def test_evaluation_begins_its_sequences_alike(beginning: Path, tiny_model: Path
     assert own.perplexity != evaluate(str(tiny_model), text_file, tokens=256, sequence_length=32).perplexity
     with pytest.raises(BoaEdgeError, match="split the text into different tokens"):
         evaluate(str(beginning), text_file, reference=str(tiny_model), tokens=256, sequence_length=32)
+
+
+def test_evaluation_does_not_go_beyond_what_the_model_reads(
+    tiny_model: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(str(tiny_model), text_file, tokens=600)
+    assert (found.sequence_length, found.tokens) == (128, 512)
+    assert "sequences of 128 tokens in place of 512: the longest that is read" in capsys.readouterr().err

@@ -99,7 +99,14 @@ class Writer:
         self._kept: KeptBatches | None = None
         if keep is not None:
             versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
-            own = {"model": source.files, "seed": seed, "length": length, "versions": versions, "format": _FORMAT}
+            own = {
+                "model": source.files,
+                "conventions": self.conventions.identity(),
+                "seed": seed,
+                "length": length,
+                "versions": versions,
+                "format": _FORMAT,
+            }
             self._kept = KeptBatches(keep, own | {"batch": self._batch, "sketches": sketches} | (identity or {}))
         self._sequences, self._batches = 0, 0
 

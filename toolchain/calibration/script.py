@@ -12,9 +12,10 @@ Where there is a chat template, every other sequence is a conversation: the mode
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,12 @@ class Conventions:
     ends: frozenset[int]
     prior: NDArray[np.float64]
     frame: ChatFrame | None
+
+    def identity(self) -> dict[str, Any]:
+        """What tells them from others, JSON-ready."""
+        prior = hashlib.sha256(self.prior.tobytes()).hexdigest()
+        frame = None if self.frame is None else asdict(self.frame)
+        return {"start": self.start, "ends": sorted(self.ends), "prior": prior, "frame": frame}
 
 
 def end_tokens(source: SourceModel) -> frozenset[int]:

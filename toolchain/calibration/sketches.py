@@ -106,7 +106,7 @@ def similarity(statistics: dict[str, Tensor]) -> Tensor:
         statistics: float [n, features] by name, as `SketchCollector.statistics` gives them.
     """
     gram: Tensor | None = None
-    for name, values in statistics.items():
+    for name, values in sorted(statistics.items()):  # a sum in another order rounds otherwise
         rows = values.double()
         # A mean may be zero: its scale is that of x itself, the root of the mean square.
         linear, _, kind = name.rpartition("/")

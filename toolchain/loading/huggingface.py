@@ -22,6 +22,16 @@ from toolchain.loading.sound import check_head, check_model
 from toolchain.loading.source import SourceModel
 from toolchain.loading.streamed import is_large, load_streamed
 
+# By which text is cut into tokens and written, beside the weights.
+_READ = (
+    "tokenizer*",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 # What building a model of a wrong configuration raises.
 _UNFIT = (
     OSError,
@@ -69,7 +79,7 @@ def load_directory(directory: Path, identity: str, stream: bool | None = False) 
     model = _load_model(directory) if model is None else model
     check_model(model, directory)
     tokenizer = load_tokenizer(directory)
-    read = [directory / "config.json", *shards, *sorted(directory.glob("tokenizer*"))]
+    read = [directory / "config.json", *shards, *(path for names in _READ for path in sorted(directory.glob(names)))]
     return SourceModel(
         identity=identity,
         model=model,

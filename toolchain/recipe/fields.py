@@ -204,6 +204,11 @@ class Recipe(_Frozen):
         return GridFormat(bits, weights.group_size, weights.symmetric, self.round_scales)
 
     @property
+    def scale_bits(self) -> int:
+        """Bits of a stored scale."""
+        return 16 if self.round_scales else 32
+
+    @property
     def name(self) -> str:
         """The name by which the weights' format and method are known."""
         group = f"g{self.weights.group_size}" if self.weights.group_size else ""
