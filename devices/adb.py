@@ -30,6 +30,8 @@ _DIRECTORY = "/data/local/tmp/boa-edge"
 _SERVER_PORT = 5037
 _LIST_S = 30.0
 _PROGRESS = re.compile(r"^\[\s*\d+%\] ")
+# A serial, which may hold ` (2)`; a state; the rest.
+_LISTED = re.compile(r"^(\S+(?: \(\d+\)\S*)?)\s+(no permissions|\S+)(.*)$")
 _CONNECT_S = 5.0
 _POLL_S = 0.5
 _GONE = (
@@ -124,7 +126,7 @@ class Adb:
             raise BoaEdgeError(f"the adb server cannot be reached ({said})", where=f"device {self._profile.name}")
         found = []
         for line in done.stdout.splitlines():
-            match = re.match(r"^(\S+)\s+(no permissions|\S+)(.*)$", line)
+            match = _LISTED.match(line)
             if match and not line.startswith(("List of devices", "*")):
                 found.append(Attached(match[1], match[2], match[3].strip()))
         return found
@@ -231,6 +233,9 @@ class AdbShell:
         said = _error_line(done.stdout + done.stderr)
         # A file's name must not be taken for what went wrong with it.
         words = re.sub(r"'[^']*'", "", said).lower()
+        if is_disk_full(words) and arguments[0] == "pull":
+            fix = "Free some space, or set TMPDIR to another place"
+            raise BoaEdgeError("the disk of this machine is full", where=arguments[-1], fix=fix)
         if is_disk_full(words):
             raise DiskFullError(f"no room for {what}", where=f"device {self.name}")
         # Of a connection that breaks while it fetches a file, the client says nothing but how far it came.
@@ -289,7 +294,7 @@ class AdbTransport(RemoteTransport):
                 raise BoaEdgeError(
                     f"{len(usable)} devices are attached: {known}",
                     where=where,
-                    fix=f"Choose one: --device {self._profile.name}:{usable[0].serial}",
+                    fix=f"Choose one: --device {self._profile.name}:{usable[0].serial}, or `serial` in a profile",
                 )
             found = usable[0]
         if found.state != "device":

@@ -176,6 +176,7 @@ class EventStream:
                 self._refuse(f"{place} has {key} = {_quoted(event[key])} where {value!r} was due")
         if event["event"] == "start":
             self._check_runtime(event)
+            self._check_cores(event)
         if event["event"] == "token":
             self._check_token(event)
         self.events.append(event)
@@ -187,6 +188,16 @@ class EventStream:
         if not self.ended:
             wanted = self._expected[self._next]["event"]
             self._refuse(f"its output ended after {len(self.events)} events, before '{wanted}' and 'end'")
+
+    def _check_cores(self, event: Event) -> None:
+        """The system takes a core off the list that it does not have, or that this user may not use, without a word."""
+        asked = set(self.request.cores)
+        if asked and event.get("cores", len(asked)) != len(asked):
+            raise BoaEdgeError(
+                f"of the cores {','.join(map(str, sorted(asked)))} it grants {event['cores']}",
+                where=f"device {self.device}",
+                fix="Choose --cores among those that the device has and lets this user have",
+            )
 
     def _check_runtime(self, event: Event) -> None:
         if event["runtime"] != self.runtime:

@@ -21,12 +21,6 @@ def version() -> str:
     return WHEEL.version()
 
 
-def arm64_library() -> Path | None:
-    """The fetched ARM64 library of the installed version, None before set-up."""
-    found = WHEEL.arm64()
-    return found[NAME] if found else None
-
-
 def flags(libraries: Path) -> tuple[str, ...]:
     """The runner opens the library when it runs, so nothing of it is needed to build."""
     return ("-std=c++17", "-O2", "-static-libstdc++", "-static-libgcc", "-ldl")

@@ -7,7 +7,7 @@ from pathlib import Path
 from boa_edge.errors import UsageError
 from devices.profile import Profile
 
-_AARCH64 = 183  # ELF's machine number
+_ARM = (183, 40)  # ELF's machine numbers, 64 and 32 bits
 
 
 def own_files(profile: Profile, runner: Path) -> dict[str, Path]:
@@ -21,7 +21,7 @@ def own_files(profile: Profile, runner: Path) -> dict[str, Path]:
             raise UsageError(f"two files are named {path.name}", where=where, fix="Rename one of them")
         with path.open("rb") as stream:
             header = stream.read(20)
-        if header[:4] == b"\x7fELF" and int.from_bytes(header[18:20], "little") != _AARCH64:
-            raise UsageError(f"{path} is not a program for 64-bit ARM", where=where, fix="Build it for arm64-v8a")
+        if header[:4] == b"\x7fELF" and int.from_bytes(header[18:20], "little") not in _ARM:
+            raise UsageError(f"{path} is not a program for ARM", where=where, fix="Build it for arm64-v8a")
         files[path.name] = path
     return files

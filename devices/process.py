@@ -19,6 +19,7 @@ _STDERR_LINES = 20
 _CHUNK = 1 << 16
 # For a process of which nothing more is wanted: to end by itself and say why.
 _GRACE_S = 2.0
+_LONGEST_WAIT_S = 3600.0  # the system's own limit is 24 days
 
 Listener = Callable[[str], bool | None]
 """Gets a line; True where no further one is wanted."""
@@ -99,7 +100,10 @@ def _read_lines(stream: IO[bytes], on_line: Listener, limit_s: float) -> tuple[s
         deadline = time.monotonic() + limit_s
         while True:
             left = deadline - time.monotonic()
-            if (enough and left <= 0) or not selector.select(timeout=max(0.0, left)):
+            is_ready = selector.select(timeout=min(max(0.0, left), _LONGEST_WAIT_S))
+            if not is_ready and left > _LONGEST_WAIT_S:
+                continue
+            if (enough and left <= 0) or not is_ready:
                 return "it was stopped" if enough else f"it printed nothing for {limit_s:g} s", limit_s
             chunk = os.read(stream.fileno(), _CHUNK)
             *lines, buffer = (buffer + chunk).split(b"\n") if chunk else (buffer, b"")

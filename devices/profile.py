@@ -19,7 +19,8 @@ from devices.paths import PROFILES
 
 _FEATURE = r"^[a-z0-9_]+$"
 # No leading dash: these become arguments of client programs.
-_SERIAL = r"^[A-Za-z0-9_\[][A-Za-z0-9._:%\[\]-]*$"
+# A phone that is found on the network anew may bear ` (2)`.
+_SERIAL = r"^[A-Za-z0-9_\[][A-Za-z0-9._:%\[\]-]*( \([0-9]+\)[A-Za-z0-9._-]*)?$"
 _HOST = r"^[A-Za-z0-9_][A-Za-z0-9._@:%\[\]-]*$"
 _SERVER = r"^[A-Za-z0-9][A-Za-z0-9.-]*:[0-9]{1,5}$"
 _DIRECTORY = r"^/?[A-Za-z0-9._][A-Za-z0-9._/-]*$"
@@ -192,7 +193,7 @@ def read_profile(path: Path) -> Profile:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the device profile cannot be read ({error.strerror})", where=path) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers too long to be read
         raise UsageError(f"the device profile is not valid TOML ({error})", where=path) from None
     if "name" in document:
         raise UsageError("field 'name' is not allowed: the file's name is the device's name", where=path)
@@ -200,6 +201,8 @@ def read_profile(path: Path) -> Profile:
         return _with_paths(Profile(name=path.stem, **document), path.absolute().parent)
     except ValidationError as error:
         raise UsageError(_explain(error), where=path) from None
+    except RuntimeError as error:  # of `~` or `~user`
+        raise UsageError(f"a path cannot be read: {error}", where=path) from None
 
 
 def _with_paths(profile: Profile, base: Path) -> Profile:

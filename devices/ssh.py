@@ -12,6 +12,7 @@ from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
+from boa_edge.visible import one_line
 from devices import tools
 from devices.profile import Profile
 from devices.remote.marker import EndMarker
@@ -105,7 +106,14 @@ class SshShell:
     def greet(self) -> None:
         """Ask for anything. BoaEdgeError says what the user has to settle where the client itself is refused."""
         done = run_client(self, self.argv("echo boa-edge"), _CONNECT_S + 15.0)
-        if done.returncode == 0 and done.stdout.strip().endswith("boa-edge"):
+        before, found, _ = done.stdout.rpartition("boa-edge\n")
+        if done.returncode == 0 and found:
+            if before.strip():
+                raise BoaEdgeError(
+                    f"its shell prints {one_line(before.strip(), 60)!r} before every command, into every file",
+                    where=f"device {self.name}",
+                    fix="Let its start files (~/.bashrc and the like) print nothing where there is no terminal",
+                )
             return
         said = last_line(done.stderr) or f"exit code {done.returncode}"
         for phrase, fix in _REFUSALS.items():

@@ -45,7 +45,7 @@ def compare_greedy(
         deployed=continuation(tokens),
         against_original=greedy_match(reference.original_greedy, tokens),
         against_quantized=against_quantized,
-        repeatable=all(run.tokens == tokens for run in generation.runs),
+        repeatable=all(run.tokens == tokens for run in generation.runs) if len(generation.runs) > 1 else None,
         divergence_margin=margin,
     )
 
@@ -68,7 +68,7 @@ def notes(greedy: GreedyGeneration, fidelity: Fidelity, deployed: Deployed) -> l
     if kl is not None and kl.number is not None:
         cause = compared(deployed)
         found.append(f"{cause}: the KL divergence between the two is {kl.number:.3g} nats per token.")
-    if not greedy.repeatable:
+    if greedy.repeatable is False:
         found.append("Runs of the same prompt on the device gave different tokens: greedy decoding is not repeatable.")
     return found
 

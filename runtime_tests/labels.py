@@ -104,10 +104,9 @@ def show_bytes(value: float) -> str:
 
 def number(value: float) -> str:
     """Four significant digits, no exponent where a plain number does."""
-    if value == 0 or 1e-4 <= abs(value) < 1e4:
-        text = f"{value:.4g}"
-        return text
-    if 1e4 <= abs(value) < 1e9:
+    if value == 0 or 1e-4 <= abs(value) < 9999.5:
+        return f"{value:.4g}"
+    if 9999.5 <= abs(value) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.3e}"
 

@@ -115,7 +115,8 @@ def measure_together(
             place = directory / places[index] if index else directory
             place.mkdir(exist_ok=True)
             record = place / profile_name(one.deployed.runtime) if profile else None
-            reports.append(_measure(one, settings, opened, execution, record))
+            argument = device if isinstance(device, str) else device.name
+            reports.append(_measure(one, settings, opened, execution, argument, record))
         if len(reports) > 1:
             links = [None, *(f"{place}/report.html" for place in places[1:])]
             variants = tuple(map(variant, reports, names, links))
@@ -234,8 +235,14 @@ class _Session:
 
 
 def _measure(
-    facts: BundleFacts, settings: Settings, device: Device, execution: Execution, profile: Path | None = None
+    facts: BundleFacts,
+    settings: Settings,
+    device: Device,
+    execution: Execution,
+    argument: str,
+    profile: Path | None = None,
 ) -> Report:
+    """The report of one bundle; `argument` is the device as the user named it."""
     session = _Session(facts, device, execution, settings)
     decode = load_decoder(facts.path)
 
@@ -286,7 +293,7 @@ def _measure(
         quantization=quantization(facts.provenance, facts.deployed.recipe),
         profile=operators,
         estimates=estimates(facts.deployed, facts.config),
-        reproduce=commands(facts.deployed, facts.provenance, settings, device.name, profiled=operators is not None),
+        reproduce=commands(facts.deployed, facts.provenance, settings, argument, profiled=operators is not None),
         notes=(
             *notes(greedy, fidelity, facts.deployed),
             *throttling_notes(session.results, generation, execution),

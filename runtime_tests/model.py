@@ -190,7 +190,7 @@ class GreedyGeneration(Frozen):
     """Greedy continuations of one prompt.
 
     Attributes:
-        repeatable: every run on the device gave the same tokens.
+        repeatable: every run on the device gave the same tokens; None for a single run.
         divergence_margin: at the first divergence from the quantized model, by how much the device's logit of its own
             token exceeds that of the token it should have chosen.
     """
@@ -201,7 +201,7 @@ class GreedyGeneration(Frozen):
     deployed: Continuation
     against_original: GreedyMatch
     against_quantized: GreedyMatch
-    repeatable: bool
+    repeatable: bool | None = None
     divergence_margin: Figure | None = None
 
 

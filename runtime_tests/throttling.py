@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 from devices.contract import Execution, RunResult
 from runtime_tests.events import Generation
 
-# Below this many tokens a third of them says little.
+# Below this many tokens they say little.
 _FEWEST = 30
-# Tokens late in a sequence cost a little more anyway.
 _SLOWER = 1.15
 _HOT_STATUS = ("none", "light", "moderate", "severe", "critical", "emergency", "shutdown")
 
@@ -38,28 +38,48 @@ def throttling_notes(results: Sequence[RunResult], generation: Generation, execu
     slowdown = slowdown_of(generation)
     if execution == "measured" and slowdown is not None and slowdown > _SLOWER:
         found.append(
-            f"The device slowed down while it generated: the last third of the tokens took {slowdown:.2f} times as "
-            "long as the first third (medians). The speeds mix both; let it cool down and measure again."
+            f"The device slowed down while it generated: a token of the last runs took {slowdown:.2f} times as long as "
+            "the same token of the first (medians). The speeds mix both; let it cool down and measure again."
         )
     states = [state for result in results for state in (result.state.get("before"), result.state.get("after")) if state]
     status = max((_status(state) for state in states), default=0)
     if status > 0:
         word = _HOT_STATUS[min(status, len(_HOT_STATUS) - 1)]
         found.append(f"The device reported thermal throttling while it was measured: status {status} ({word}).")
-    flags = {state["throttled"] for state in states if str(state.get("throttled", "")).startswith("0x")} - {"0x0"}
-    if flags:
-        found.append(f"The board reported throttling or low voltage: {', '.join(sorted(flags))}.")
+    if flags := _board_flags(results):
+        found.append(f"The board reported throttling or low voltage while it was measured: {flags:#x}.")
     return found
 
 
+def _board_flags(results: Sequence[RunResult]) -> int:
+    """What a Raspberry Pi says of now (bits 0 to 3), and of what it keeps since it booted (16 to 19) the news."""
+    found = 0
+    for result in results:
+        before, after = (_flags(result.state.get(when) or {}) for when in ("before", "after"))
+        found |= ((before or 0) | (after or 0)) & 0xF
+        if before is not None and after is not None:
+            found |= after & ~before & 0xF0000
+    return found
+
+
+def _flags(state: Mapping[str, Any]) -> int | None:
+    text = state.get("throttled")
+    return int(text, 16) if isinstance(text, str) and re.fullmatch("0x[0-9a-fA-F]{1,8}", text) else None
+
+
 def slowdown_of(generation: Generation) -> float | None:
-    """Median time of the last third of all counted tokens over that of the first third; None for too few tokens."""
-    times = [ns for run in generation.counted for ns in run.token_ns]
-    third = len(times) // 3
-    if len(times) < _FEWEST:
+    """How much longer a token takes in the last third of the counted runs than the same one in the first third.
+
+    The median over the tokens; late ones cost more than early ones in every run, so only the same ones compare. None
+    for a single run, or too few tokens.
+    """
+    runs = [run.token_ns for run in generation.counted if run.token_ns]
+    if len(runs) < 2 or sum(map(len, runs)) < _FEWEST:
         return None
-    first = median(times[:third])
-    return median(times[-third:]) / first if first > 0 else None
+    some = max(1, len(runs) // 3)
+    first, last = (map(median, zip(*part, strict=False)) for part in (runs[:some], runs[-some:]))
+    ratios = [late / early for early, late in zip(first, last, strict=False) if early > 0]
+    return median(ratios) if ratios else None
 
 
 def _status(state: Mapping[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shlex
 import socket
@@ -20,6 +21,9 @@ from devices.transport import ConnectionLostError
 
 # A holder that has not run anything for so long is taken for dead; by the device's own clock.
 _STALE_S = 12 * 3600
+_TAKING_S = 60  # in which a holder has written who it is
+# User, process, boot of the device, mark; older locks have no mark.
+_OWNER = re.compile(r"([!-~]+) (\d+) ([!-~]+)(?: ([!-~]+))?")
 
 
 @contextmanager
@@ -41,17 +45,17 @@ def device_lock(shell: RemoteShell, base: str) -> Iterator[None]:
     token, mark = f"{_this_user()} {os.getpid()}", f"{_started(os.getpid())}-{secrets.token_hex(8)}"
     lock = shlex.quote(f"{base}/lock")
     words = f'{shlex.quote(token)} "$({_BOOT})" {mark}'
-    take = f"mkdir {lock} 2>/dev/null && printf '%s %s %s\\n' {words} > {lock}/owner"
+    take = f"mkdir {lock} && {{ printf '%s %s %s\\n' {words} > {lock}/owner || {{ rm -rf {lock}; exit 1; }}; }}"
     _HELD.add(mark)
     try:
         if not ask(shell, take):
             _take_over(shell, lock)
-            demand(shell, take, "the device's lock cannot be taken")
+            demand(shell, take, "its directory cannot be locked")
         try:
             yield
         finally:
             with contextlib.suppress(ConnectionLostError):  # the next run from here knows its own lock
-                ask(shell, f"rm -rf {lock}")
+                ask(shell, f"grep -q {mark} {lock}/owner && rm -rf {lock}")  # unless another run has broken it
     finally:
         _HELD.discard(mark)
 
@@ -67,22 +71,25 @@ _BOOT = "cat /proc/sys/kernel/random/boot_id 2>/dev/null || echo unknown"
 
 
 def _take_over(shell: RemoteShell, lock: str) -> None:
-    """Remove a lock whose holder is gone; BoaEdgeError where it may be alive."""
+    """Remove a lock, if there is one, whose holder is gone; BoaEdgeError where it may be alive."""
     script = (
-        f"[ -d {lock} ] || exit 44\ncat {lock}/owner 2>/dev/null || echo unknown 0 unknown\n{_BOOT}\n"
-        f"now=$(date +%s); then=$(stat -c %Y {lock} 2>/dev/null || echo 0); echo $((now - then))"
+        f"[ -d {lock} ] || exit 44\n{_BOOT}\n"
+        f"now=$(date +%s); then=$(stat -c %Y {lock} 2>/dev/null || echo 0); echo $((now - then))\n"
+        f"cat {lock}/owner 2>/dev/null"
     )
     answer = ask(shell, script)
     if answer.code == 44:
-        where = f"device {shell.name}"
-        raise BoaEdgeError(
-            "its directory cannot be written", where=where, fix="Name another `directory` in its profile"
-        )
-    lines = answer.out.split("\n")
-    owner, pid, boot, mark = (lines[0].split() + ["unknown"] * 4)[:4]
-    rebooted = boot != "unknown" and len(lines) > 1 and lines[1].strip() not in (boot, "unknown")
-    age = whole(lines[2].strip()) if len(lines) > 2 else None
-    gone = not _lives(pid, mark) if owner == _this_user() else age is not None and age > _STALE_S
+        return
+    now, age_text, said = [*answer.out.split("\n", 2), "", ""][:3]
+    age = whole(age_text.strip())
+    known = _OWNER.fullmatch(said.strip())
+    owner, pid, boot, mark = (word or "unknown" for word in known.groups()) if known else ("unknown",) * 4
+    rebooted = boot != "unknown" and now.strip() not in (boot, "unknown")
+    if owner == _this_user():
+        gone = not _lives(pid, mark)
+    else:
+        # One that never got to write who it is, or whose words a power cut took.
+        gone = age is not None and age > (_STALE_S if known else _TAKING_S)
     if gone or rebooted:
         ask(shell, f"rm -rf {lock}")
         return

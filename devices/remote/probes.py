@@ -83,7 +83,11 @@ def _per_core(text: str) -> dict[str, int | str] | None:
 def _zones(text: str) -> dict[str, float] | None:
     """Pairs of lines, a zone's type and its millidegrees, as name -> degrees Celsius."""
     found: dict[str, float] = {}
-    for zone, kind, value in re.findall(r"^(\S+)=(.*)=(-?\d{1,9})$", text, re.MULTILINE):
+    for line in text.splitlines():
+        place, _, value = line.rpartition("=")
+        zone, separator, kind = place.partition("=")
+        if not (zone and separator and re.fullmatch(r"-?\d{1,9}", value)):
+            continue
         degrees = int(value) / 1000 if abs(int(value)) >= 1000 else float(value)
         if -40 < degrees < 200 and degrees != 0:  # vendors leave odd numbers in zones without a sensor
             found[f"{zone}:{kind}"] = degrees
@@ -92,7 +96,7 @@ def _zones(text: str) -> dict[str, float] | None:
 
 def _battery(text: str) -> dict[str, Any] | None:
     """`dumpsys battery`: level in percent, temperature in degrees Celsius, whether it is being charged."""
-    fields = dict(re.findall(r"^\s*([A-Za-z ]+): (.+?)\s*$", text, re.MULTILINE))
+    fields = dict(re.findall(r"^[ \t]*([A-Za-z][A-Za-z ]*): (\S.*)$", text, re.MULTILINE))
     found: dict[str, Any] = {}
     level = whole(fields.get("level", ""))
     if level is not None:

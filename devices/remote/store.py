@@ -6,6 +6,7 @@ damaged, emptied or half-written repairs itself. The least recently used files g
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -57,13 +58,17 @@ class Store:
             try:
                 self._push(files[digest], digest)
             except DiskFullError:
-                self._make_room(self._limit, keep=set(files))
+                self.keep_only(files)
                 try:
                     self._push(files[digest], digest)
                 except DiskFullError as error:
-                    raise self._full(error, sizes[digest]) from None
+                    raise self.full(error, sizes[digest]) from None
         if files:
             ask(self._shell, f"touch -c {_words(map(self.path, files))}")
+
+    def keep_only(self, needed: Iterable[str]) -> None:
+        """Remove every file but those with these SHA-256."""
+        self._make_room(self._limit, keep=set(needed))
 
     def _push(self, source: Path, digest: str) -> None:
         size = source.stat().st_size
@@ -118,7 +123,7 @@ class Store:
         for _, size, name in sorted(entries):
             if total <= self._limit:
                 break
-            if name not in keep:
+            if name not in keep and re.fullmatch("[0-9a-f]{64}", name):
                 gone.append(self.path(name))
                 total -= size
         self._remove(gone)
@@ -128,13 +133,14 @@ class Store:
         if words:
             ask(self._shell, f"rm -f {words}")
 
-    def _full(self, error: DiskFullError, size: int) -> DiskFullError:
+    def full(self, error: DiskFullError, size: int) -> DiskFullError:
+        """The error with what is needed, and what the device says is free."""
         df = ask(self._shell, f"df -k {shlex.quote(self._directory)}").out.split("\n")
         words = df[-1].split() or (df[-2].split() if len(df) > 1 else [])
         numbers = [number for number in map(whole, words) if number is not None]
         free = f"{numbers[2] / 1024:.0f} MiB are free" if len(numbers) >= 3 else "how much is free it does not say"
         return DiskFullError(
-            f"the device's disk is full: {size / 1048576:.1f} MiB are to be pushed, {free}",
+            f"the device's disk is full: {size / 1048576:.1f} MiB are to be stored, {free}",
             where=f"device {self._shell.name}",
             fix="Free some space on the device",
         )

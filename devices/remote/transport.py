@@ -15,6 +15,7 @@ from devices.profile import Profile
 from devices.remote import probes
 from devices.remote.hashing import find_hasher
 from devices.remote.lock import break_lock, device_lock, host_lock
+from devices.remote.ownership import check_ours
 from devices.remote.shell import RemoteShell, ask, demand
 from devices.remote.store import Store
 from devices.remote.workplace import RemoteWorkplace, sweep
@@ -103,12 +104,14 @@ class RemoteTransport(ABC):
         if self._open is None:
             found = self._connect()
             machine = ask(found, "uname -m").out.strip()
-            if machine != "aarch64" and self._profile.runner_path is None:
+            is_arm = machine.startswith("arm")
+            if machine != "aarch64" and not (is_arm and self._profile.runner_path is not None):
                 other = one_line(machine, 40) or "of an unknown kind"
+                own = "Name a runner of your own for it in its profile (runner_path)"
                 raise BoaEdgeError(
                     f"its processor is {other}; our runners are for aarch64 (64-bit ARM)",
                     where=f"device {found.name}",
-                    fix="Name a runner of your own in its profile (runner_path)",
+                    fix=own if is_arm else "Use a 64-bit ARM device; to measure on this machine: --device host",
                 )
             self._emulated = self._profile.emulated or found.emulated()
             self._hasher = find_hasher(found)
@@ -155,6 +158,7 @@ class RemoteTransport(ABC):
         """The device with its directory made, for us alone; what cut-off runs left there is gone."""
         connection = self.connection()
         base = connection.directory()
+        check_ours(connection, base)
         with host_lock(f"{self._profile.transport} {connection.address()}"):
             made = f"mkdir -p '{base}/files' '{base}/runs'"
             demand(connection, made, f"{base} cannot be made on the device")

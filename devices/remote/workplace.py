@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from boa_edge.errors import BoaEdgeError
 from boa_edge.files import sha256_file
 from devices.binaries import LOADER
 from devices.contract import GaugeSample
@@ -18,8 +19,9 @@ from devices.process import Listener, Outcome, run_lines
 from devices.remote import gauge
 from devices.remote.hashing import fetch_checked
 from devices.remote.marker import TIMED_OUT, EndMarker, as_signal
+from devices.remote.ownership import RUN
 from devices.remote.probes import read_state
-from devices.remote.shell import RemoteShell, ask, demand, lost
+from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, lost, transfer_limit
 from devices.remote.store import Store
 from devices.transport import ConnectionLostError
 
@@ -43,9 +45,9 @@ _END = """end_run() {
 
 def sweep(shell: RemoteShell, base: str) -> None:
     """End and remove what runs left that were cut off. Call with the device's lock held."""
-    runs, files = shlex.quote(f"{base}/runs"), shlex.quote(f"{base}/files")
-    script = f'{_END}for d in {runs}/*/; do [ -d "$d" ] && end_run "$d"; done\n'
-    demand(shell, f"{script}rm -rf {runs}/* {files}/.part-*", "left-over runs cannot be removed")
+    runs, files = f"{shlex.quote(f'{base}/runs')}/{RUN}", shlex.quote(f"{base}/files")
+    script = f'{_END}for d in {runs}; do [ -d "$d" ] && end_run "$d"; done\n'
+    demand(shell, f"{script}rm -rf {runs} {files}/.part-*", "left-over runs cannot be removed")
 
 
 class RemoteWorkplace:
@@ -69,7 +71,11 @@ class RemoteWorkplace:
     def write(self, content: bytes, name: str) -> None:
         digest = hashlib.sha256(content).hexdigest()
         path = Path(self._local.name) / digest
-        path.write_bytes(content)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            problem = f"cannot be written on this machine ({error.strerror})"
+            raise BoaEdgeError(problem, where=path, fix="Free some space, or set TMPDIR to another place") from None
         self._waiting[name] = (digest, path)
 
     def path(self, name: str) -> str:
@@ -122,14 +128,24 @@ class RemoteWorkplace:
         """Bring what was pushed and written into the directory: linked out of the store, else copied."""
         if not self._waiting:
             return
-        self._store.ensure(dict(self._waiting.values()))
+        needed = dict(self._waiting.values())
+        self._store.ensure(needed)
         lines = [f"cd {shlex.quote(self.directory)} || exit 1"]
         for name, (digest, _) in self._waiting.items():
             stored, here = shlex.quote(self._store.path(digest)), shlex.quote(name)
             lines.append(
                 f"ln {stored} {here} 2>/dev/null || {{ cp {stored} {here} && cmp -s {stored} {here}; }} || exit 1"
             )
-        demand(self._shell, "\n".join(lines), "files cannot be put into the run's directory")
+        script, failure = "\n".join(lines), "files cannot be put into the run's directory"
+        copied = sum(path.stat().st_size for path in needed.values())  # at most: what is linked takes no time
+        try:
+            demand(self._shell, script, failure, timeout_s=transfer_limit(copied))
+        except DiskFullError:
+            self._store.keep_only(needed)
+            try:
+                demand(self._shell, script, failure, timeout_s=transfer_limit(copied))
+            except DiskFullError as error:
+                raise self._store.full(error, copied) from None
         self._names |= set(self._waiting)
         self._waiting.clear()
 
@@ -160,7 +176,7 @@ p=$!
 echo $p > pid
 ( cd /; n={self._time_limit}
 while [ $n -gt 0 ] && kill -0 $p 2>/dev/null; do sleep 1; n=$((n-1)); {look}done
-kill -0 $p 2>/dev/null && echo > {late} && kill -9 $p ) </dev/null >/dev/null 2>&1 &
+kill -0 $p 2>/dev/null && {{ : > {late}; kill -9 $p; }} ) </dev/null >/dev/null 2>&1 &
 w=$!
 wait $p
 c=$?

@@ -31,8 +31,8 @@ class Comparable:
         kind: what both reports must have in common for it to be compared.
         figure: the figure, or None where a report has none.
         scale: the figure's value times this is in `unit`.
-        samples: a value for each run or load, in `unit`, of whose middle the figure tells; empty where it is a single
-            value. Tokens of one run are fast or slow together, so that they are one sample.
+        samples: a value for each run or load, in `unit`; empty where it is a single value. Tokens of one run are fast
+            or slow together, so that they are one sample.
         timed: its name in `labels`, where an emulator changes what it is called.
         places: what the figure is the mean of, one value a position of the text; empty where it is none.
     """
@@ -53,10 +53,13 @@ class Comparable:
         return self.label if self.timed is None or execution == "measured" else label(self.timed, execution)
 
     def value(self, report: Report) -> float | None:
-        """The report's value in `unit`."""
+        """The report's value in `unit`: where it has samples, their median, of which alone the noise is known."""
         entry = self.figure(report)
         number = None if entry is None else entry.number
-        return None if number is None else number * self.scale
+        if number is None:
+            return None
+        samples = self.samples(report)
+        return nearest_rank(samples, 50) if samples else number * self.scale
 
 
 def _token_ms(percent: float) -> Callable[[Report], list[float]]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_a_device_that_stays_away(make: Make, daemon: Adbd, tiny_bundle: Path) -
 def test_a_full_disk(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
     model = (tiny_bundle / "model.onnx").stat().st_size
     daemon.phone.faults.quota = model
-    with pytest.raises(BoaEdgeError, match=r"disk is full: .* MiB are to be pushed, .* free.*Free some space"):
+    with pytest.raises(BoaEdgeError, match=r"disk is full: .* MiB are to be stored, .* free.*Free some space"):
         make().run(tiny_bundle, GENERATE)
     assert_clean(daemon)
 
@@ -401,6 +402,56 @@ def test_a_lock_that_outlived_its_holder_is_taken_over(make: Make, daemon: Adbd,
     assert_right(make().run(tiny_bundle, GENERATE))
 
 
+@pytest.mark.parametrize("owner", [None, "", "\0" * 60, "elsewhere:7 12"])
+def test_a_lock_that_nobody_signed_is_taken_over_a_minute_later(
+    make: Make, daemon: Adbd, tiny_bundle: Path, owner: str | None
+) -> None:
+    """Its holder found no room to write who it is, or the power went before the disk had it."""
+    lock = daemon.phone.data / "boa-edge" / "lock"
+    lock.mkdir(parents=True)
+    if owner is not None:
+        daemon.phone.write("data/local/tmp/boa-edge/lock/owner", owner)
+    with pytest.raises(BoaEdgeError, match=r"in use by process unknown of unknown for \d+ s"):
+        make().run(tiny_bundle, GENERATE)
+    os.utime(lock, (time.time() - 100,) * 2)
+    assert_right(make().run(tiny_bundle, GENERATE))
+    assert_clean(daemon)
+
+
+def test_a_lock_that_another_run_has_taken_since_is_left_to_it(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    place = "data/local/tmp/boa-edge/lock/owner"
+
+    def take(event: Event) -> None:
+        if event["event"] == "load":
+            daemon.phone.write(place, "elsewhere:7 123 unknown theirs")
+
+    assert_right(make(SLOWLY).run(tiny_bundle, GENERATE, take))
+    assert (daemon.phone.root / place).read_text(encoding="utf-8") == "elsewhere:7 123 unknown theirs"
+
+
+@pytest.mark.parametrize("name", ["thesis.pdf", ".git/config", "runs/exp1/best.pt", "files/thesis.pdf", "runs/.hidden"])
+def test_a_directory_with_something_of_the_users_is_not_touched(
+    make: Make, daemon: Adbd, tiny_bundle: Path, name: str
+) -> None:
+    """A profile may name a directory that was there before; what is in ours gets removed."""
+    daemon.phone.write(f"data/local/tmp/boa-edge/{name}", "theirs")
+    device = make()
+    transport = device.transport
+    assert isinstance(transport, AdbTransport)
+    for work in (lambda: device.run(tiny_bundle, GENERATE), transport.clean, lambda: transport.clean(force=True)):
+        with pytest.raises(BoaEdgeError, match=r"boa-edge holds .*, which is not ours.*Name another `directory`"):
+            work()
+    assert (daemon.phone.data / "boa-edge" / name).read_text(encoding="utf-8") == "theirs"
+
+
+def test_cores_that_the_device_does_not_grant_are_an_error(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    runner = """sed 's/"threads"/"cores": 1, "threads"/' "$here/events\""""
+    (start, *_) = make(runner).run(tiny_bundle, replace(GENERATE, cores=(0,))).events
+    assert start["cores"] == 1
+    with pytest.raises(BoaEdgeError, match=r"of the cores 0,7 it grants 1\. Choose --cores among those"):
+        make(runner).run(tiny_bundle, replace(GENERATE, cores=(0, 7)))
+
+
 @pytest.mark.parametrize("seconds", [-(10**9), 10**9])
 def test_a_wall_clock_that_is_wrong_changes_nothing_and_is_reported(
     make: Make, daemon: Adbd, tiny_bundle: Path, seconds: int
@@ -442,5 +493,16 @@ def test_androids_own_shell_and_commands_are_enough(make: Make, daemon: Adbd, ti
 
 def test_a_device_where_files_cannot_be_linked_gets_copies(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
     daemon.phone.program("ln", "exit 1")
+    assert_right(make().run(tiny_bundle, GENERATE))
+    assert_clean(daemon)
+
+
+def test_where_files_are_copied_old_ones_make_room_too(make: Make, daemon: Adbd, tiny_bundle: Path) -> None:
+    model = (tiny_bundle / "model.onnx").stat().st_size
+    daemon.phone.program("ln", "exit 1")
+    full = f"[ -e {daemon.phone.store}/{'a' * 64} ]"
+    daemon.phone.program("cp", f'{full} || exec /bin/cp "$@"\necho cp: no space left on device >&2\nexit 1')
+    daemon.phone.store.mkdir(parents=True)
+    (daemon.phone.store / ("a" * 64)).write_bytes(bytes(2 * model))
     assert_right(make().run(tiny_bundle, GENERATE))
     assert_clean(daemon)

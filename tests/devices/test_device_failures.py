@@ -144,6 +144,11 @@ def test_a_hang_ends_within_the_limit_and_takes_its_children_along(
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("limit", [1e10, float("inf")])
+def test_a_limit_longer_than_the_system_can_wait_is_none(limit: float, tiny_bundle: Path) -> None:
+    assert device(printing(script(GENERATE)), silence=limit).run(tiny_bundle, GENERATE).events[-1]["rc"] == 0
+
+
 def test_silence_counts_between_lines_not_over_the_whole_run(tiny_bundle: Path) -> None:
     lines = [json.dumps(event) for event in script(GENERATE)]
     lines[0] = lines[0].replace("1.2.3", onnxruntime_library.version())

@@ -100,6 +100,8 @@ def test_the_shipped_profiles_differ_in_dot_products_and_int8_matrices() -> None
         (('transport = "qemu"', 'transport = "qemu"\nserial = "x"'), "'serial' has no meaning for transport 'qemu'"),
         (('description = "mine"', 'name = "other"'), "the file's name is the device's name"),
         (("[cpu]", "[cpu"), "not valid TOML"),
+        (("cores = 2", f"cores = {'2' * 5000}"), "not valid TOML"),
+        (("cores = 2", f"cores = {'[' * 2000}"), "not valid TOML"),
     ],
 )
 def test_a_wrong_profile_is_one_line_that_names_file_and_key(
@@ -127,6 +129,8 @@ def test_profiles_of_the_users_own_stand_in_the_list(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     (place / "board.toml").write_text(VALID, encoding="utf-8")
     (place / "broken.toml").write_text("transport = 1", encoding="utf-8")
+    lost = 'description = "x"\ntransport = "ssh"\nhost = "x"\nidentity = "~nobody-of-that-name/id"\n'
+    (place / "lost.toml").write_text(lost, encoding="utf-8")
     (place / "ssh.toml").write_text('description = "mine"\ntransport = "ssh"\nhost = "pi@board"\n', encoding="utf-8")
     assert (open_device("board").name, open_device("board").execution) == ("board", "emulated")
     assert load_profile("ssh").host == "pi@board"  # the user's wins over ours
@@ -136,6 +140,7 @@ def test_profiles_of_the_users_own_stand_in_the_list(monkeypatch: pytest.MonkeyP
     assert "host" in statuses
     assert not statuses["broken"].usable
     assert str(place / "broken.toml") in " ".join(statuses["broken"].missing)
+    assert "home directory" in " ".join(statuses["lost"].missing)
 
 
 def test_paths_in_a_profile_are_relative_to_it(tmp_path: Path) -> None:
@@ -149,6 +154,8 @@ def test_paths_in_a_profile_are_relative_to_it(tmp_path: Path) -> None:
 
 def test_a_target_after_a_colon_is_the_serial_or_the_host() -> None:
     assert load_profile("android:192.168.1.5:5555").serial == "192.168.1.5:5555"
+    again = "adb-R5CT123-abcdef (2)._adb-tls-connect._tcp"  # as adb shows a phone that it has met before
+    assert load_profile(f"android:{again}").serial == again
     assert load_profile("ssh:pi@board").host == "pi@board"
     assert load_profile("ssh:pi@board").name == "ssh:pi@board"
     for name in ("arm64:x", "android:", "android:-s", "android:a b"):

@@ -272,7 +272,7 @@ def test_a_runner_is_built_once_and_again_for_other_sources(monkeypatch: pytest.
 
 
 def test_the_arm64_library_is_of_the_installed_version_and_of_arm64() -> None:
-    library = onnxruntime_library.arm64_library()
+    library = (onnxruntime_library.WHEEL.arm64() or {}).get(onnxruntime_library.NAME)
     if library is None:
         pytest.skip("no ARM64 library here; `make setup` fetches it")
     with library.open("rb") as stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from boa_edge.errors import BoaEdgeError, UsageError
 from devices import ScoreRequest, open_device, tools
 from devices.contract import Event
 from devices.device import RunnerDevice
-from devices.profile import Profile
+from devices.profile import Profile, load_profile
 from devices.ssh import SshShell
 
 EVENTS = script(GENERATE)
@@ -111,6 +112,18 @@ def test_what_the_user_has_to_settle_is_said(make: Make, board: Board, tmp_path:
     board.stop()
     with pytest.raises(BoaEdgeError, match="does not answer"):
         make().fingerprint()
+
+
+@pytest.mark.skipif(tools.find(tools.SSH) is None, reason="no OpenSSH client here")
+def test_a_start_file_that_prints_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be in every file that is fetched."""
+    shell = SshShell(load_profile("ssh:pi@board"), "pi@board")
+    said = "boa-edge\n"
+    monkeypatch.setattr("devices.ssh.run_client", lambda *_, **__: subprocess.CompletedProcess([], 0, said, ""))
+    shell.greet()
+    said = "Welcome to my Pi\nboa-edge\n"
+    with pytest.raises(BoaEdgeError, match=r"its shell prints 'Welcome to my Pi' before every.*start files"):
+        shell.greet()
 
 
 @pytest.mark.skipif(tools.find(tools.SSH) is None, reason="no OpenSSH client here")

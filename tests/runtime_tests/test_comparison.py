@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_fakes import make, make_device
+from report_fakes import make, make_bundle, make_device, provenance
 from rich.console import Console
 
 from boa_edge.errors import BoaEdgeError, UsageError
@@ -26,6 +26,7 @@ from runtime_tests.comparison.noise import (
 )
 from runtime_tests.hardware import difference
 from runtime_tests.history import arrange
+from runtime_tests.measuring import measure
 from runtime_tests.model import Report, RunSamples, Samples
 from runtime_tests.reading import read_report
 
@@ -98,6 +99,22 @@ def test_a_change_within_the_runs_own_spread_is_excused_and_said(tmp_path: Path)
     assert decode["verdict"] == "within noise"
     assert found["regressions"] == []
     assert found["within_noise"] == ["decode_tok_s<-5%"]
+
+
+def test_one_disturbed_run_of_many_is_no_change_of_all(tmp_path: Path) -> None:
+    """What is compared is what the interval is of: of ten runs that are 4 % faster, one alone was disturbed."""
+
+    def ten(name: str, *factors: float) -> Path:
+        device = make_device(execution="measured", name="host", alter=uneven(*factors))
+        bundle = make_bundle(tmp_path / name / "bundle", origin=provenance())
+        measure(bundle, device, tmp_path / name / "report", repeats=10)
+        return tmp_path / name / "report"
+
+    found = rows(ten("a", *[1.0] * 11), ten("b", *[0.96] * 10, 2.0), "token_p95_ms>+5%")
+    figure = found["figures"]["token_p95_ms"]
+    assert figure["change"] == pytest.approx(-0.04, abs=0.01)
+    assert figure["interval"][0] <= figure["change"] <= figure["interval"][1]
+    assert (figure["verdict"], found["regressions"]) == ("better", [])
 
 
 def test_emulated_times_are_not_held_against_a_phones(before: Path, tmp_path: Path) -> None:
