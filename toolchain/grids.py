@@ -1,4 +1,4 @@
-"""Where a weight's grid lies: scales and zero points per output channel or per group, by three searches.
+"""Where a weight's grid lies: scales and zero points per output channel or per group, by four searches.
 
 A grid is fixed before the codes are solved. Asymmetric grids follow BoA's search (arXiv 2406.13474, released
 configuration): the range (min, max), which always includes 0, is shrunk in steps; around the best, finer steps and both
@@ -8,6 +8,11 @@ error e is
     minmax          none: the unshrunk range
     squared_error   sum(e^2)
     hessian         e H_col e^T (for groups: with the diagonal block of H_col that belongs to the group)
+    compensated     sum(c e^2), with c what a squared error of a column costs once the columns that are solved after it
+                    have made up for it as far as they can: 1 / U_jj^2 of the solver's factor
+
+The last is the loss that GPTQ ends with, if rounding errors are taken as its compensated weights were the original
+ones: e H_col e^T is what nobody compensates, and in it columns that go together weigh far too much.
 
 Scales are rounded to bfloat16 before they are scored, where the recipe says so, so that the codes are solved for
 exactly the scales that both runtimes hold.
@@ -25,7 +30,7 @@ from torch import Tensor
 from toolchain.quantized import QuantizedWeight, code_range
 
 Rounding = Callable[[Tensor], Tensor]
-ScaleSearch = Literal["minmax", "squared_error", "hessian"]
+ScaleSearch = Literal["minmax", "squared_error", "hessian", "compensated"]
 
 # The fewer the levels, the more of the range it can pay to clip: how far the search shrinks it.
 _SMALLEST_SHRINK = {2: 0.3, 3: 0.5, 4: 0.6, 8: 0.95}
@@ -87,27 +92,25 @@ def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> T
     return torch.clamp(torch.round(weight / scales) + zeros, low, high)
 
 
-def find_grid(weight: Tensor, fmt: GridFormat, search: ScaleSearch, hessian: Tensor | None = None) -> Grid:
+def find_grid(
+    weight: Tensor, fmt: GridFormat, search: ScaleSearch, hessian: Tensor | None = None, costs: Tensor | None = None
+) -> Grid:
     """Choose the grid of a stack of weights.
 
     Args:
         weight: [n, rows, columns], float.
         hessian: [1 or n, columns, columns] column Hessian, for the `hessian` search.
+        costs: [1 or n, columns] (`InverseFactor.costs`), for the `compensated` search.
 
     Raises:
-        ValueError: the group size does not divide the columns, or the `hessian` search has no Hessian.
+        ValueError: the group size does not divide the columns, or a search lacks its Hessian or costs.
     """
     n, rows, columns = weight.shape
     size = columns if fmt.group_size is None else fmt.group_size
     if columns % size:
         raise ValueError(f"group size {size} does not divide {columns} input columns")
     grouped = weight.view(n, rows, columns // size, size)
-    if search != "hessian":
-        blocks = None
-    elif hessian is None:
-        raise ValueError("the hessian search needs a column Hessian")
-    else:
-        blocks = _diagonal_blocks(hessian.to(weight.dtype), size)
+    size_of = _metric(search, size, weight.dtype, hessian, costs)
     low = grouped.amin(-1).clamp(max=0)
     high = grouped.amax(-1).clamp(min=0)
     best_scale, best_zero = _candidate(
@@ -115,7 +118,7 @@ def find_grid(weight: Tensor, fmt: GridFormat, search: ScaleSearch, hessian: Ten
     )
     if search == "minmax":
         return Grid(best_scale, best_zero, fmt)
-    best = _score(grouped, best_scale, best_zero, fmt.bits, blocks)
+    best = _score(grouped, best_scale, best_zero, fmt.bits, size_of)
     best_shrink = torch.ones_like(low)
     count = round((1 - _SMALLEST_SHRINK[fmt.bits]) / _COARSE_STEP) + 1
     coarse = tuple(1 - _COARSE_STEP * step for step in range(count))
@@ -124,7 +127,7 @@ def find_grid(weight: Tensor, fmt: GridFormat, search: ScaleSearch, hessian: Ten
         for step in steps:
             shrink = centre + step
             for scale, zero in _candidates(low, high, shrink, fmt, both=steps is _FINE):
-                score = _score(grouped, scale, zero, fmt.bits, blocks)
+                score = _score(grouped, scale, zero, fmt.bits, size_of)
                 better = score < best
                 best = torch.where(better, score, best)
                 best_scale = torch.where(better, scale, best_scale)
@@ -163,6 +166,11 @@ def _candidate(low: Tensor, high: Tensor, shrink: Tensor, fmt: GridFormat, round
     return scale, zero.clamp(smallest, largest)
 
 
+def scaled(grid: Grid, factor: float) -> Grid:
+    """The grid with all scales times `factor`; zero points stay."""
+    return Grid(round_scale(grid.scales * factor, grid.format), grid.zeros, grid.format)
+
+
 def round_scale(scale: Tensor, fmt: GridFormat) -> Tensor:
     """A scale as the format stores it, positive."""
     # An all-zero group still needs a positive scale; its codes are all zero, so any will do.
@@ -170,11 +178,29 @@ def round_scale(scale: Tensor, fmt: GridFormat) -> Tensor:
     return scale.to(torch.bfloat16).to(scale.dtype) if fmt.round_scales else scale.to(torch.float32).to(scale.dtype)
 
 
-def _score(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int, blocks: Tensor | None) -> Tensor:
+def _metric(
+    search: ScaleSearch, size: int, dtype: torch.dtype, hessian: Tensor | None, costs: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """What a search makes of rounding errors [n, rows, groups, size], which it may overwrite: [n, rows, groups]."""
+    if search == "hessian":
+        if hessian is None:
+            raise ValueError("the hessian search needs a column Hessian")
+        blocks = _diagonal_blocks(hessian.to(dtype), size)
+
+        def under_hessian(error: Tensor) -> Tensor:
+            by_group = error.transpose(1, 2)  # [n, groups, rows, size]
+            return torch.matmul(by_group, blocks).mul_(by_group).sum(-1).transpose(1, 2)
+
+        return under_hessian
+    if search == "compensated":
+        if costs is None:
+            raise ValueError("the compensated search needs the columns' costs")
+        each = costs.to(dtype).view(costs.shape[0], 1, -1, size)
+        return lambda error: error.square_().mul_(each).sum(-1)
+    return lambda error: error.square_().sum(-1)
+
+
+def _score(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int, size_of: Callable[[Tensor], Tensor]) -> Tensor:
     """Score of rounding to nearest, [n, rows, groups]."""
     scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-    error = (round_to_grid(grouped, scale, zero, bits) - zero) * scale - grouped
-    if blocks is None:
-        return error.square().sum(-1)
-    by_group = error.transpose(1, 2)  # [n, groups, rows, size]
-    return torch.matmul(by_group, blocks).mul_(by_group).sum(-1).transpose(1, 2)
+    return size_of((round_to_grid(grouped, scale, zero, bits) - zero) * scale - grouped)

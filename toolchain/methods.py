@@ -39,8 +39,10 @@ METHODS: dict[str, Method] = {
             safety_net=True,
             attention_sequences=32,
             compared_sequences=64,
+            scale_steps=1,
             refits=1,
             sweeps=2,
         ),
+        default_search="compensated",
     ),
 }

@@ -31,6 +31,8 @@ class Options(BaseModel):
         safety_net: as much text as a sixteenth of what attention's statistics are taken of is kept from those of q, k
             and v, and a head whose two-sided solution does worse on it than GPTQ's, or moves the weights twice as far,
             gets GPTQ's; needs rows `boa` or `gauss_newton`.
+        scale_steps: the codes are solved with so many larger and so many smaller scales too, 7 % apart, and each row
+            (or head, where rows are joined) keeps those of the least loss.
         refits: rounds of refitting the scales to the codes and solving the codes again, kept where the loss falls.
         rounding_iterations: steps of learned rounding (AdaRound) on the stored loss, kept where the loss falls.
         sweeps: sweeps of coordinate descent on the codes at the end.
@@ -47,6 +49,7 @@ class Options(BaseModel):
     attention_sequences: int | None = Field(default=None, ge=1)
     compared_sequences: int | None = Field(default=None, ge=1)
     safety_net: bool = False
+    scale_steps: int = Field(default=0, ge=0, le=5)
     refits: int = Field(default=0, ge=0, le=20)
     rounding_iterations: int = Field(default=0, ge=0, le=20000)
     sweeps: int = Field(default=0, ge=0, le=20)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from toolchain import distributed
 from toolchain.families import DecoderSpec
-from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid
+from toolchain.grids import Grid, GridFormat, ScaleSearch, find_grid, scaled
 from toolchain.options import Options
 from toolchain.quantized import QuantizedWeight, stack_rows
 from toolchain.solvers import boa, gptq, rtn
@@ -23,6 +24,7 @@ from toolchain.statistics.rope import position_mean
 
 # How many times further the two-sided solution may move a head's weights than the one-sided one does.
 _FURTHEST = 2.0
+_SCALE_STEP = 0.07  # between scales that are tried
 
 
 @dataclass(frozen=True)
@@ -289,32 +291,56 @@ def _solve(
     def weighed(codes: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return weigh(grid.values(codes) - target, columns, rows)
 
+    costs = column_factor.costs() if settings.search == "compensated" else None
+
     def regrid(part: Tensor) -> Grid:
-        return find_grid(part, settings.format, settings.search, columns)
+        return find_grid(part, settings.format, settings.search, columns, costs)
 
     if options.adaptive_rows and row_factor is not None:
         codes, grid = boa.solve_adaptive(target, column_factor.upper, row_factor.upper, regrid, options.adaptive_rows)
     else:
         grid = regrid(target)
         codes = solve(grid)
-    best, gradient = weighed(codes, grid)
-    for _ in range(options.refits):
-        other = refit_scales(target, codes, grid, columns, rows)
-        other_codes = solve(other)
-        other_loss, other_gradient = weighed(other_codes, other)
-        better = (other_loss < best)[..., None]
-        best = torch.minimum(best, other_loss)
-        codes = torch.where(better, other_codes, codes)
-        gradient = torch.where(better, other_gradient, gradient)
-        grid = Grid(
-            torch.where(better, other.scales, grid.scales), torch.where(better, other.zeros, grid.zeros), grid.format
-        )
-    if options.rounding_iterations:
-        start = compensated(target, codes, grid, column_factor, row_factor)
-        codes = learn_rounding(target, codes, start, grid, columns, rows, options.rounding_iterations)
+    # Refined on the Hessian that the solver has inverted: without its damping the text's own noise would be fitted.
+    with _damped(columns, column_factor.damping):
         best, gradient = weighed(codes, grid)
-    if options.sweeps:
-        codes, gradient = descend(gradient, codes, grid, columns, rows, options.sweeps)
-        best = (gradient * (grid.values(codes) - target)).sum(dtype=torch.float64)
+        first = grid
+        for factor in (*_scale_factors(options.scale_steps), *[None] * options.refits):
+            other = scaled(first, factor) if factor else refit_scales(target, codes, grid, columns, rows)
+            other_codes = solve(other)
+            other_loss, other_gradient = weighed(other_codes, other)
+            better = (other_loss < best)[..., None]
+            best = torch.minimum(best, other_loss)
+            codes = torch.where(better, other_codes, codes)
+            gradient = torch.where(better, other_gradient, gradient)
+            grid = Grid(
+                torch.where(better, other.scales, grid.scales),
+                torch.where(better, other.zeros, grid.zeros),
+                grid.format,
+            )
+        if options.rounding_iterations:
+            start = compensated(target, codes, grid, column_factor, row_factor)
+            codes = learn_rounding(target, codes, start, grid, columns, rows, options.rounding_iterations)
+            _, gradient = weighed(codes, grid)
+        if options.sweeps:
+            codes, _ = descend(gradient, codes, grid, columns, rows, options.sweeps)
+    loss = float(losses(grid.values(codes) - target, columns, rows).sum(dtype=torch.float64))
     damping = column_factor.damping if row_factor is None else max(column_factor.damping, row_factor.damping)
-    return _Solution(codes, grid, float(best.sum(dtype=torch.float64)), damping)
+    return _Solution(codes, grid, loss, damping)
+
+
+def _scale_factors(steps: int) -> list[float]:
+    """What scales are multiplied by to be tried, the nearest first."""
+    return [1 + sign * _SCALE_STEP * step for step in range(1, steps + 1) for sign in (-1, 1)]
+
+
+@contextmanager
+def _damped(hessian: Tensor, damping: float) -> Iterator[None]:
+    """Inside, a share of the mean of each diagonal is added to it: in place, since a copy can be half a gigabyte."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    before = diagonal.clone()
+    diagonal += damping * before.mean(-1, keepdim=True)
+    try:
+        yield
+    finally:
+        diagonal.copy_(before)

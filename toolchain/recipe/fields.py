@@ -176,8 +176,8 @@ class Recipe(_Frozen):
             raise ValueError(f"transforms {', '.join(self.transforms)}: one comes twice")
         if LEARNED_ROTATION in self.transforms and self.activations is None:
             raise ValueError(f"transform {LEARNED_ROTATION!r} learns what suits int8 activations: set activations")
-        if self.search == "hessian" and not METHODS[self.method].options:
-            raise ValueError(f"scale_search 'hessian' needs statistics, and method {self.method!r} collects none")
+        if self.search in ("hessian", "compensated") and not METHODS[self.method].options:
+            raise ValueError(f"scale_search {self.search!r} needs statistics, and method {self.method!r} collects none")
         return self
 
     @property

@@ -34,6 +34,12 @@ class InverseFactor:
         """The inverse of `take`."""
         return tensor if self.order is None else tensor.gather(dim, self._index(tensor, dim, self.order.argsort(-1)))
 
+    def costs(self) -> Tensor:
+        """1 / U_jj^2, [n, d] in the variables' own order: what a squared error of each costs once those after it have
+        made up for it.
+        """
+        return self.put_back(self.upper.diagonal(dim1=1, dim2=2).square().reciprocal()[:, None], 2)[:, 0]
+
     def _index(self, tensor: Tensor, dim: int, order: Tensor) -> Tensor:
         return order.unsqueeze(3 - dim).expand_as(tensor)
 
