@@ -47,6 +47,7 @@ OURS: dict[str, Own] = {
     "rtn": Own({"method": "rtn"}, calibrated=False),
 }
 
+_SEARCH = "grids by what errors cost the solver"
 _PARTS = ("attention_sequences", "compared_sequences")
 
 
@@ -60,16 +61,20 @@ def _steps() -> dict[str, Own]:
         ("residual stream's deviation", {"residual": 0.5}),
         ("rows that see the softmax", {"attention_rows": "gauss_newton"}),
         ("activation order", {"activation_order": True}),
+        (_SEARCH, {}),
+        ("scales tried a step up and down", {"scale_steps": 1}),
         ("scales refitted", {"refits": 1}),
         ("descent on the codes", {"sweeps": 2}),
         ("costly statistics of a part of the text", {name: getattr(edge, name) for name in _PARTS}),
         ("safety net", {"safety_net": True}),
     ]
     options = boa.model_dump()
+    search = METHODS["boa"].default_search
     steps = {}
     for name, fields in additions:
         options |= fields
-        steps[f"+ {name}"] = Own({"method": "edge", "solver": dict(options)})
+        search = METHODS["edge"].default_search if name == _SEARCH else search
+        steps[f"+ {name}"] = Own({"method": "edge", "scale_search": search, "solver": dict(options)})
     if options != edge.model_dump():
         raise AssertionError("the steps do not lead to edge")
     return steps

@@ -13,6 +13,7 @@ from toolchain.grids import GridFormat, find_grid
 from toolchain.packing import pack, unpack
 from toolchain.quantized import QuantizedWeight, code_range
 from toolchain.solvers import rtn
+from toolchain.solvers.linear_algebra import inverse_factor
 
 
 def random_weight(bits: int, rows: int, groups: int, size: int, symmetric: bool, seed: int) -> QuantizedWeight:
@@ -94,23 +95,34 @@ def test_each_search_lowers_its_own_score(bits: int, group_size: int | None, sym
     a = torch.randn(64, 200, generator=generator) * torch.logspace(-1, 1, 64)[:, None]
     hessian = (a @ a.mT / 200)[None]
     fmt = GridFormat(bits, group_size, symmetric, round_scales=True)
+    costs = inverse_factor(hessian, 0.01, ordered=True).costs()
 
-    def errors(search: str) -> tuple[float, float]:
-        grid = find_grid(weight, fmt, search, hessian)  # type: ignore[arg-type]
+    def errors(search: str) -> tuple[float, float, float]:
+        grid = find_grid(weight, fmt, search, hessian, costs)  # type: ignore[arg-type]
         assert torch.equal(grid.scales, grid.scales.bfloat16().float())
         size = 64 if group_size is None else group_size
         error = (grid.quantized(rtn.solve(weight, grid)).dequantize() - weight[0]).view(6, 64 // size, size)
         blocks = torch.stack(
             [hessian[0, g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(64 // size)]
         )
-        return float(error.square().sum()), float(torch.einsum("rgi,gij,rgj->", error, blocks, error))
+        compensated = float((error.square() * costs.view(64 // size, size)).sum())
+        return float(error.square().sum()), float(torch.einsum("rgi,gij,rgj->", error, blocks, error)), compensated
 
     minmax, squared, hessian_search = errors("minmax"), errors("squared_error"), errors("hessian")
+    compensated_search = errors("compensated")
+    assert compensated_search[2] <= minmax[2] * (1 + 1e-5)
     assert squared[0] <= minmax[0] * (1 + 1e-5)
     assert hessian_search[1] <= minmax[1] * (1 + 1e-5)
     if bits <= 4:
         assert squared[0] < minmax[0]
         assert hessian_search[1] < minmax[1]
+        assert compensated_search[2] < minmax[2]
+
+
+def test_a_search_without_its_metric_is_refused() -> None:
+    for search in ("hessian", "compensated"):
+        with pytest.raises(ValueError, match=f"the {search} search needs"):
+            find_grid(torch.ones(1, 2, 16), GridFormat(4), search)  # type: ignore[arg-type]
 
 
 def test_an_all_zero_row_gets_a_usable_grid() -> None:

@@ -93,6 +93,7 @@ def test_a_bad_name_says_what_is_accepted(name: str, message: str) -> None:
         ("method: boa\nweights: {bits: '4'}", "weights.bits"),
         ("method: boa\nweights: {bits: 4}\ndamping: -1", "damping: Input should be greater than 0, found -1"),
         ("method: rtn\nweights: {bits: 4}\nscale_search: hessian", "needs statistics"),
+        ("method: rtn\nweights: {bits: 4}\nscale_search: compensated", "'compensated' needs statistics"),
         ("- boa", "a mapping of fields is expected"),
         ("weights: {bits: 4}", "method is missing, accepted: rtn, gptq, boa"),
         ("method: boa\nweights: 4", "weights: Input should be a mapping of bits, budget_mb, group_size, symmetric"),
