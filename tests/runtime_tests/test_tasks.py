@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from boa_edge.errors import BoaEdgeError, UsageError
 from exporters import Bundle, export, open_decoder
-from runtime_tests.evaluate import _open
+from runtime_tests.evaluate import open_subject
 from runtime_tests.tasks import evaluate_tasks
 from runtime_tests.tasks.scorer import BundleScorer
 from toolchain.quantize import quantize
@@ -37,7 +37,7 @@ def bundle(tiny_model: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
 
 def pytorch(bundle: Path, ids: list[int]) -> torch.Tensor:
     """log p [n, V] of the checkpoint."""
-    logits = _open(str(bundle.parent / "checkpoint")).logits(torch.tensor([ids]))
+    logits = open_subject(str(bundle.parent / "checkpoint")).logits(torch.tensor([ids]))
     return logits[0].detach().double().log_softmax(-1)
 
 
@@ -130,7 +130,7 @@ def test_a_task_of_ones_own(bundle: Path, tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    tokenizer = _open(str(bundle.parent / "checkpoint")).tokenizer
+    tokenizer = open_subject(str(bundle.parent / "checkpoint")).tokenizer
     questions, choices = ["a stone in the", "seven bridges and", "light on water,", "north of"], ["x", "y", "z"]
     rows = []
     for question in questions:
