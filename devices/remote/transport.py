@@ -104,14 +104,13 @@ class RemoteTransport(ABC):
         if self._open is None:
             found = self._connect()
             machine = ask(found, "uname -m").out.strip()
-            is_arm = machine.startswith("arm")
-            if machine != "aarch64" and not (is_arm and self._profile.runner_path is not None):
+            if machine != "aarch64" and self._profile.runner_path is None:
                 other = one_line(machine, 40) or "of an unknown kind"
                 own = "Name a runner of your own for it in its profile (runner_path)"
                 raise BoaEdgeError(
                     f"its processor is {other}; our runners are for aarch64 (64-bit ARM)",
                     where=f"device {found.name}",
-                    fix=own if is_arm else "Use a 64-bit ARM device; to measure on this machine: --device host",
+                    fix=own if machine.startswith("arm") else "Use a 64-bit ARM device; to measure on this machine: --device host",
                 )
             self._emulated = self._profile.emulated or found.emulated()
             self._hasher = find_hasher(found)

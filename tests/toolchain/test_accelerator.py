@@ -84,7 +84,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "turboboa": {"method": "turboboa", "weights": {"bits": 2, "group_size": None, "symmetric": False}},
     "aespa": {"method": "aespa", "solver": {"attention_rows": "aespa", "rounding_iterations": 5}},
     "rtn": {"method": "rtn"},
-    "mixed bits": {"method": "edge", "weights": {"bits": "auto", "budget_mb": 0.075, "group_size": 32}},
+    "mixed bits": {"method": "edge", "weights": {"bits": "auto", "budget_mb": 0.11, "group_size": 32}},
 }
 
 

@@ -197,7 +197,7 @@ def test_less_text_than_asked_for_is_said(
         ),
         (
             CalibrationSize(sequences=1 << 20, sequence_length=64),
-            "calibration: sequences 139 in place of 1048576 (all that the text",
+            "calibration: sequences 135 in place of 1048576 (all that the text",
         ),
     ]
     for size, message in sizes:
