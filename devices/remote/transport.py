@@ -107,11 +107,9 @@ class RemoteTransport(ABC):
             if machine != "aarch64" and self._profile.runner_path is None:
                 other = one_line(machine, 40) or "of an unknown kind"
                 own = "Name a runner of your own for it in its profile (runner_path)"
-                raise BoaEdgeError(
-                    f"its processor is {other}; our runners are for aarch64 (64-bit ARM)",
-                    where=f"device {found.name}",
-                    fix=own if machine.startswith("arm") else "Use a 64-bit ARM device; to measure on this machine: --device host",
-                )
+                fix = own if machine.startswith("arm") else "Use a 64-bit ARM device; here: --device host"
+                problem = f"its processor is {other}; our runners are for aarch64 (64-bit ARM)"
+                raise BoaEdgeError(problem, where=f"device {found.name}", fix=fix)
             self._emulated = self._profile.emulated or found.emulated()
             self._hasher = find_hasher(found)
             self._open = found
