@@ -233,10 +233,10 @@ class AdbShell:
         said = _error_line(done.stdout + done.stderr)
         # A file's name must not be taken for what went wrong with it.
         words = re.sub(r"'[^']*'", "", said).lower()
-        if is_disk_full(words) and arguments[0] == "pull":
-            fix = "Free some space, or set TMPDIR to another place"
-            raise BoaEdgeError("the disk of this machine is full", where=arguments[-1], fix=fix)
         if is_disk_full(words):
+            if arguments[0] == "pull":
+                fix = "Free some space, or set TMPDIR to another place"
+                raise BoaEdgeError("the disk of this machine is full", where=arguments[-1], fix=fix)
             raise DiskFullError(f"no room for {what}", where=f"device {self.name}")
         # Of a connection that breaks while it fetches a file, the client says nothing but how far it came.
         if not said or any(word in words for word in _GONE):

@@ -105,6 +105,7 @@ def measure_together(
         facts = [open_bundle(bundle) for bundle in bundles]
         check_comparable(facts)
         opened = devices.open_device(device) if isinstance(device, str) else device
+        argument = device if isinstance(device, str) else device.name
         execution = opened.execution
         # The same for all: what the shortest context has room for.
         settings = settle(min(facts, key=_context), execution, wishes)
@@ -115,7 +116,6 @@ def measure_together(
             place = directory / places[index] if index else directory
             place.mkdir(exist_ok=True)
             record = place / profile_name(one.deployed.runtime) if profile else None
-            argument = device if isinstance(device, str) else device.name
             reports.append(_measure(one, settings, opened, execution, argument, record))
         if len(reports) > 1:
             links = [None, *(f"{place}/report.html" for place in places[1:])]

@@ -8,7 +8,7 @@ from boa_edge.errors import BoaEdgeError
 from boa_edge.visible import one_line
 from devices.remote.shell import RemoteShell, ask
 
-# Patterns of a POSIX shell for a run's directory and for a stored file.
+# Patterns, of a POSIX shell and of `re` alike, for a run's directory and for a stored file.
 RUN, STORED = "[0-9a-f]" * 16, "[0-9a-f]" * 64
 _OURS = f"files|runs|lock|runs/{RUN}|files/{STORED}|files/.part-{STORED}"
 

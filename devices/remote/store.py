@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from boa_edge.errors import BoaEdgeError
 from boa_edge.progress import say
 from devices.remote.hashing import hash_files
+from devices.remote.ownership import STORED
 from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, last_line, transfer_limit, whole
 
 _ATTEMPTS = 3
@@ -55,20 +57,24 @@ class Store:
         absent = [digest for digest in files if found.get(self.path(digest)) != digest]
         self._make_room(sum(sizes[digest] for digest in absent), keep=set(files))
         for digest in absent:
-            try:
-                self._push(files[digest], digest)
-            except DiskFullError:
-                self.keep_only(files)
-                try:
-                    self._push(files[digest], digest)
-                except DiskFullError as error:
-                    raise self.full(error, sizes[digest]) from None
+            self.with_room(partial(self._push, files[digest], digest), files, sizes[digest])
         if files:
             ask(self._shell, f"touch -c {_words(map(self.path, files))}")
 
-    def keep_only(self, needed: Iterable[str]) -> None:
-        """Remove every file but those with these SHA-256."""
-        self._make_room(self._limit, keep=set(needed))
+    def with_room(self, work: Callable[[], object], needed: Iterable[str], size: int) -> None:
+        """Do `work`, and where the disk is full for it, once more without the files that are not `needed`.
+
+        Raises:
+            DiskFullError: that did not do; with the `size` that is needed, and what the device says is free.
+        """
+        try:
+            work()
+        except DiskFullError:
+            self._make_room(self._limit, keep=set(needed))
+            try:
+                work()
+            except DiskFullError:
+                raise self._full(size) from None
 
     def _push(self, source: Path, digest: str) -> None:
         size = source.stat().st_size
@@ -123,7 +129,7 @@ class Store:
         for _, size, name in sorted(entries):
             if total <= self._limit:
                 break
-            if name not in keep and re.fullmatch("[0-9a-f]{64}", name):
+            if name not in keep and re.fullmatch(STORED, name):
                 gone.append(self.path(name))
                 total -= size
         self._remove(gone)
@@ -133,8 +139,7 @@ class Store:
         if words:
             ask(self._shell, f"rm -f {words}")
 
-    def full(self, error: DiskFullError, size: int) -> DiskFullError:
-        """The error with what is needed, and what the device says is free."""
+    def _full(self, size: int) -> DiskFullError:
         df = ask(self._shell, f"df -k {shlex.quote(self._directory)}").out.split("\n")
         words = df[-1].split() or (df[-2].split() if len(df) > 1 else [])
         numbers = [number for number in map(whole, words) if number is not None]

@@ -21,7 +21,7 @@ from devices.remote.hashing import fetch_checked
 from devices.remote.marker import TIMED_OUT, EndMarker, as_signal
 from devices.remote.ownership import RUN
 from devices.remote.probes import read_state
-from devices.remote.shell import DiskFullError, RemoteShell, ask, demand, lost, transfer_limit
+from devices.remote.shell import RemoteShell, ask, demand, lost, transfer_limit
 from devices.remote.store import Store
 from devices.transport import ConnectionLostError
 
@@ -138,14 +138,8 @@ class RemoteWorkplace:
             )
         script, failure = "\n".join(lines), "files cannot be put into the run's directory"
         copied = sum(path.stat().st_size for path in needed.values())  # at most: what is linked takes no time
-        try:
-            demand(self._shell, script, failure, timeout_s=transfer_limit(copied))
-        except DiskFullError:
-            self._store.keep_only(needed)
-            try:
-                demand(self._shell, script, failure, timeout_s=transfer_limit(copied))
-            except DiskFullError as error:
-                raise self._store.full(error, copied) from None
+        limit = transfer_limit(copied)
+        self._store.with_room(lambda: demand(self._shell, script, failure, timeout_s=limit), needed, copied)
         self._names |= set(self._waiting)
         self._waiting.clear()
 
