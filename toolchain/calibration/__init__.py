@@ -21,7 +21,7 @@ from toolchain.text import opening, read_text, sequences, spread, tokenize
 
 __all__ = ["DATASETS", "Calibration", "kept_text", "load_calibration"]
 
-_JUDGED_FROM = 2  # of three held-out sequences, the one that the guard sees
+_EVERY = 3  # of so many held-out sequences one is the guard's
 
 # Fields of a recipe's `calibration` that may not be had as asked for, and why.
 _LIMITED = {
@@ -50,22 +50,23 @@ class Calibration:
     weights: Tensor | None = None
 
     @property
+    def _is_judged(self) -> Tensor:
+        return torch.arange(self.held_out.shape[0]) % _EVERY == _EVERY - 1
+
+    @property
     def judged(self) -> Tensor:
         """int64 [m // 3, length], the part of `held_out` that the guard chooses by; all of it where that is none."""
-        return self.held_out if self.judges_scored else self.held_out[_JUDGED_FROM :: _JUDGED_FROM + 1]
+        return self.held_out if self.judges_scored else self.held_out[self._is_judged]
 
     @property
     def scored(self) -> Tensor:
         """int64 [., length], the other part: nothing was chosen by it."""
-        kept = torch.ones(self.held_out.shape[0], dtype=torch.bool)
-        if not self.judges_scored:
-            kept[_JUDGED_FROM :: _JUDGED_FROM + 1] = False
-        return self.held_out[kept]
+        return self.held_out[~self._is_judged]
 
     @property
     def judges_scored(self) -> bool:
         """Whether there is too little text to keep the guard's apart; figures on it are then a little optimistic."""
-        return self.held_out.shape[0] <= _JUDGED_FROM
+        return self.held_out.shape[0] < _EVERY
 
 
 def load_calibration(
